@@ -1,0 +1,377 @@
+"""Which backend runs a call: argument, then `use`, then ``LONGCTX_BACKEND``, then priority.
+
+A backend asked for by name never falls back. The choice reads static properties only (device, dtype,
+sizes, features), so that it is a constant under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longctx.errors import BackendNotFoundError, UnsupportedError, nearest_name
+from longctx.plugins import registry
+from longctx.protocols.attention import OPS
+from longctx.protocols.backend import Backend
+from longctx.support import OpRequest, Reason, ReasonCode, reasons_against
+
+__all__ = ["BoundBackend", "Candidate", "Explanation", "choose", "explain", "explain_request", "use"]
+
+log = logging.getLogger("longctx")
+
+_in_use: ContextVar[str | None] = ContextVar("longctx_backend", default=None)
+
+KNOWN_BACKENDS = {
+    "triton": "pip install longctx-backend-triton",
+    "cupy": "pip install 'longctx-backend-cupy[cuda13]'",
+    "numba": "pip install 'longctx-backend-numba[cuda13]'",
+}
+"""Install hints for backends that exist but may not be installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBackend:
+    """A backend that was chosen once; ops given one skip dispatch."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One row of an explanation: a backend, whether it can run the request, and if not, why."""
+
+    backend: str
+    priority: int | None
+    reasons: tuple[Reason, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether nothing speaks against the backend."""
+        return not self.reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What dispatch would do with a request.
+
+    Attributes
+    ----------
+    request : OpRequest
+    chosen : str or None
+        The backend that would run; None if none can.
+    asked_by : str
+        ``"argument"``, ``"use()"``, ``"LONGCTX_BACKEND"`` or ``"priority"``.
+    candidates : tuple of Candidate
+        Every known backend, in the order of preference.
+    """
+
+    request: OpRequest
+    chosen: str | None
+    asked_by: str
+    candidates: tuple[Candidate, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the table as JSON-ready values."""
+        return {
+            "op": self.request.op,
+            "request": self.request.describe(),
+            "chosen": self.chosen,
+            "asked_by": self.asked_by,
+            "candidates": [
+                {
+                    "backend": c.backend,
+                    "can_run": c.can_run,
+                    "priority": c.priority,
+                    "reasons": [r.as_dict() for r in c.reasons],
+                }
+                for c in self.candidates
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.request.op} for {self.request.describe()}"]
+        for candidate in self.candidates:
+            mark = "chosen" if candidate.backend == self.chosen else "yes" if candidate.can_run else "no"
+            if candidate.can_run:
+                lines.append(f"  {candidate.backend:<8} {mark:<7} priority {candidate.priority}")
+            for reason in candidate.reasons:
+                hint = f"  -> {reason.hint}" if reason.hint else ""
+                lines.append(
+                    f"  {candidate.backend:<8} {mark:<7} {reason.code:<13} {reason.message}{hint}"
+                )
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run the ops of a ``with`` block on one backend, without falling back.
+
+    Parameters
+    ----------
+    backend : str
+        Name of an installed backend.
+
+    Raises
+    ------
+    BackendNotFoundError
+        If no backend has that name.
+
+    Examples
+    --------
+    >>> import longctx, torch
+    >>> q = k = v = torch.randn(1, 16, 2, 64)
+    >>> with longctx.use("torch"):
+    ...     longctx.flash_attention(q, k, v, causal=True).shape
+    torch.Size([1, 16, 2, 64])
+    """
+    token = _in_use.set(_known(backend))
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
+
+def _known(name: str) -> str:
+    backends = registry().backends
+    if name in backends:
+        return name
+    if name in KNOWN_BACKENDS:
+        raise BackendNotFoundError(f"backend {name!r} is not installed: {KNOWN_BACKENDS[name]}")
+    for failure in registry().failures:
+        if failure.source.split(" ")[0] == name:
+            raise BackendNotFoundError(f"backend {name!r} is not usable: {failure.reason.message}")
+    raise BackendNotFoundError(f"no backend is called {name!r}: {nearest_name(name, backends)}")
+
+
+def _asked(argument: str | None) -> tuple[str | None, str]:
+    if argument is not None:
+        return _known(argument), "argument"
+    current = _in_use.get()
+    if current is not None:
+        return current, "use()"
+    environment = os.environ.get("LONGCTX_BACKEND", "").strip().lower()
+    if environment and environment != "auto":
+        return _known(environment), "LONGCTX_BACKEND"
+    return None, "priority"
+
+
+def _candidate(name: str, request: OpRequest) -> Candidate:
+    loaded = registry().load_backend(name)
+    if isinstance(loaded, Reason):
+        return Candidate(name, None, (loaded,))
+    support = loaded.support().get(request.op)
+    reasons = reasons_against(support, request)
+    if support is None or reasons:
+        return Candidate(name, None, reasons)
+    reasons = tuple(loaded.reasons(request))
+    return Candidate(name, support.priority_on(request.arch), reasons)
+
+
+def explain_request(request: OpRequest, backend: str | None = None) -> Explanation:
+    """Return the dispatch table of a request without running anything."""
+    asked, asked_by = _asked(backend)
+    candidates = [_candidate(name, request) for name in registry().backends]
+    for name, command in KNOWN_BACKENDS.items():
+        if name not in registry().backends:
+            missing = Reason(ReasonCode.NOT_INSTALLED, "not installed", command)
+            candidates.append(Candidate(name, None, (missing,)))
+    candidates.sort(key=lambda c: (not c.can_run, -(c.priority or 0), c.backend))
+    able = [c.backend for c in candidates if c.can_run and (asked is None or c.backend == asked)]
+    return Explanation(request, able[0] if able else None, asked_by, tuple(candidates))
+
+
+def _refusal(explanation: Explanation, asked: str | None) -> UnsupportedError:
+    request = explanation.request
+    if asked is not None:
+        candidate = next(c for c in explanation.candidates if c.backend == asked)
+        why = "; ".join(
+            r.message + (f" ({r.hint})" if r.hint else "") for r in candidate.reasons
+        )
+        return UnsupportedError(
+            f"backend {asked!r}, asked for by {explanation.asked_by}, cannot run {request.op} for "
+            f"{request.describe()}: {why}"
+        )
+    return UnsupportedError(f"no backend can run {explanation}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_cached(request: OpRequest, asked: str | None, asked_by: str) -> str:
+    explanation = explain_request(request, asked)
+    if explanation.chosen is None:
+        if asked_by != "argument":
+            explanation = Explanation(request, None, asked_by, explanation.candidates)
+        raise _refusal(explanation, asked)
+    if asked is None:
+        _log_choice(request.op, explanation.chosen)
+    return explanation.chosen
+
+
+@functools.lru_cache(maxsize=256)
+def _log_choice(op: str, chosen: str) -> None:
+    log.info("%s runs on backend %s (chosen by priority)", op, chosen)
+
+
+def forget_choices() -> None:
+    """Drop cached choices; called when the registry is rebuilt."""
+    _choose_cached.cache_clear()
+    _log_choice.cache_clear()
+    primitive.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def arch_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device, None for other devices."""
+    if device.type != "cuda":
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    features: tuple[str, ...],
+    gradient: bool,
+    backend: str | None,
+) -> str:
+    asked, asked_by = _asked(backend)
+    head_dim, value_dim, q_heads, kv_heads = sizes
+    request = OpRequest(
+        op, device.type, arch_of(device), dtype, head_dim, value_dim, q_heads, kv_heads,
+        tuple(sorted(features)), gradient,
+    )
+    return _choose_cached(request, asked, asked_by)
+
+
+def choose(
+    op: str,
+    q: torch.Tensor,
+    *,
+    head_dim: int,
+    value_dim: int,
+    q_heads: int,
+    kv_heads: int,
+    features: tuple[str, ...] = (),
+    gradient: bool = False,
+    backend: str | BoundBackend | None = None,
+) -> str:
+    """Return the name of the backend that runs this call.
+
+    Parameters
+    ----------
+    op : str
+        Public op name.
+    q : Tensor
+        The op's first tensor: its device and dtype count.
+    head_dim, value_dim, q_heads, kv_heads : int
+        Sizes in the meaning of `OpRequest`.
+    features : tuple of str
+        Optional features that the call uses.
+    gradient : bool
+        Whether a backward pass will be asked for.
+    backend : str or BoundBackend, optional
+        The caller's choice; a `BoundBackend` is taken as it is.
+
+    Raises
+    ------
+    BackendNotFoundError
+        If ``backend`` (or `use`, or ``LONGCTX_BACKEND``) names nobody.
+    UnsupportedError
+        If the named backend, or every backend, refuses; quotes the request and all reasons.
+    """
+    if isinstance(backend, BoundBackend):
+        return backend.name
+    # index() makes symbolic sizes concrete under torch.compile: dispatch is by value, with a guard
+    sizes = (
+        operator.index(head_dim),
+        operator.index(value_dim),
+        operator.index(q_heads),
+        operator.index(kv_heads),
+    )
+    return _resolve(op, q.device, q.dtype, sizes, features, gradient, backend)
+
+
+def loaded_backend(name: str) -> Backend:
+    """Return a backend that dispatch has chosen before."""
+    loaded = registry().load_backend(_known(name))
+    if isinstance(loaded, Reason):
+        raise UnsupportedError(f"backend {name!r} cannot be loaded: {loaded.message}")
+    return loaded
+
+
+@functools.lru_cache(maxsize=1024)
+def primitive(backend: str, name: str) -> Callable[..., Any]:
+    """Return a backend's primitive by name."""
+    return loaded_backend(backend).primitive(name)
+
+
+def explain(
+    op: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    q_heads: int = 32,
+    kv_heads: int = 8,
+    features: tuple[str, ...] = (),
+    gradient: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Return which backend would run an op, and why the others would not, without running it.
+
+    Parameters
+    ----------
+    op : str
+        Public op name, such as ``"flash_attention"``.
+    device : str or torch.device, optional
+        Default: ``"cuda"`` if there is one, else ``"cpu"``.
+    dtype, head_dim, value_dim, q_heads, kv_heads, features, gradient
+        The request, as in `OpRequest`; ``value_dim`` defaults to ``head_dim``.
+    backend : str, optional
+        A backend asked for by name.
+
+    Returns
+    -------
+    Explanation
+        ``str()`` of it is the table that ``longctx explain`` prints.
+
+    Examples
+    --------
+    >>> import longctx, torch
+    >>> longctx.explain("flash_attention", device="cpu", dtype=torch.float32).chosen
+    'torch'
+    """
+    known_op(op)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device if device is not None else default)
+    arch = arch_of(where) if where.type != "cuda" or torch.cuda.is_available() else None
+    request = OpRequest(
+        op, where.type, arch, dtype, head_dim, head_dim if value_dim is None else value_dim,
+        q_heads, kv_heads, tuple(sorted(features)), gradient,
+    )
+    return explain_request(request, backend)
+
+
+def known_op(op: str) -> str:
+    """Return ``op`` if it is a public op, raise `BackendNotFoundError` with the nearest name if not."""
+    if op not in OPS:
+        raise BackendNotFoundError(f"no op is called {op!r}: {nearest_name(op, OPS)}")
+    return op
+
+

@@ -1,0 +1,1 @@
+"""The public ops, one file a family: semantic checks, dispatch, ``torch.library`` contract."""

@@ -1,0 +1,1 @@
+"""The protocols that backends, caches and selectors implement; docstrings with shapes, no logic."""
