@@ -1,7 +1,7 @@
 """Which backend runs a call: argument, then `use`, then ``LONGCTX_BACKEND``, then priority.
 
-A backend asked for by name never falls back. The choice reads static properties only (device, dtype,
-sizes, features), so that it is a constant under ``torch.compile``.
+A backend asked for by name never falls back. The choice reads static properties only (device,
+dtype, sizes, features), so that it is a constant under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longctx.protocols.attention import OPS
 from longctx.protocols.backend import Backend
 from longctx.support import OpRequest, Reason, ReasonCode, reasons_against
 
-__all__ = ["BoundBackend", "Candidate", "Explanation", "choose", "explain", "explain_request", "use"]
+__all__ = ["BoundBackend", "Candidate", "Explanation", "choose", "explain", "use"]
 
 log = logging.getLogger("longctx")
 
@@ -68,6 +68,8 @@ class Explanation:
     request : OpRequest
     chosen : str or None
         The backend that would run; None if none can.
+    asked : str or None
+        The backend asked for by name; it never falls back.
     asked_by : str
         ``"argument"``, ``"use()"``, ``"LONGCTX_BACKEND"`` or ``"priority"``.
     candidates : tuple of Candidate
@@ -76,6 +78,7 @@ class Explanation:
 
     request: OpRequest
     chosen: str | None
+    asked: str | None
     asked_by: str
     candidates: tuple[Candidate, ...]
 
@@ -85,6 +88,7 @@ class Explanation:
             "op": self.request.op,
             "request": self.request.describe(),
             "chosen": self.chosen,
+            "asked": self.asked,
             "asked_by": self.asked_by,
             "candidates": [
                 {
@@ -99,8 +103,16 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.request.op} for {self.request.describe()}"]
+        if self.asked is not None:
+            lines.append(f"  {self.asked} was asked for by {self.asked_by}: no other is tried")
         for candidate in self.candidates:
-            mark = "chosen" if candidate.backend == self.chosen else "yes" if candidate.can_run else "no"
+            mark = (
+                "chosen"
+                if candidate.backend == self.chosen
+                else "yes"
+                if candidate.can_run
+                else "no"
+            )
             if candidate.can_run:
                 lines.append(f"  {candidate.backend:<8} {mark:<7} priority {candidate.priority}")
             for reason in candidate.reasons:
@@ -166,8 +178,8 @@ def _asked(argument: str | None) -> tuple[str | None, str]:
 
 def _candidate(name: str, request: OpRequest) -> Candidate:
     loaded = registry().load_backend(name)
-    if isinstance(loaded, Reason):
-        return Candidate(name, None, (loaded,))
+    if isinstance(loaded, tuple):
+        return Candidate(name, None, loaded)
     support = loaded.support().get(request.op)
     reasons = reasons_against(support, request)
     if support is None or reasons:
@@ -176,9 +188,7 @@ def _candidate(name: str, request: OpRequest) -> Candidate:
     return Candidate(name, support.priority_on(request.arch), reasons)
 
 
-def explain_request(request: OpRequest, backend: str | None = None) -> Explanation:
-    """Return the dispatch table of a request without running anything."""
-    asked, asked_by = _asked(backend)
+def _explain_request(request: OpRequest, asked: str | None, asked_by: str) -> Explanation:
     candidates = [_candidate(name, request) for name in registry().backends]
     for name, command in KNOWN_BACKENDS.items():
         if name not in registry().backends:
@@ -186,30 +196,28 @@ def explain_request(request: OpRequest, backend: str | None = None) -> Explanati
             candidates.append(Candidate(name, None, (missing,)))
     candidates.sort(key=lambda c: (not c.can_run, -(c.priority or 0), c.backend))
     able = [c.backend for c in candidates if c.can_run and (asked is None or c.backend == asked)]
-    return Explanation(request, able[0] if able else None, asked_by, tuple(candidates))
+    chosen = able[0] if able else None
+    return Explanation(request, chosen, asked, asked_by, tuple(candidates))
 
 
-def _refusal(explanation: Explanation, asked: str | None) -> UnsupportedError:
-    request = explanation.request
-    if asked is not None:
-        candidate = next(c for c in explanation.candidates if c.backend == asked)
-        why = "; ".join(
-            r.message + (f" ({r.hint})" if r.hint else "") for r in candidate.reasons
-        )
-        return UnsupportedError(
-            f"backend {asked!r}, asked for by {explanation.asked_by}, cannot run {request.op} for "
-            f"{request.describe()}: {why}"
-        )
-    return UnsupportedError(f"no backend can run {explanation}")
+def explain_refusal(explanation: Explanation) -> UnsupportedError:
+    """Return the error that quotes the request and the reasons of who was asked."""
+    request, asked = explanation.request, explanation.asked
+    if asked is None:
+        return UnsupportedError(f"no backend can run {explanation}")
+    candidate = next(c for c in explanation.candidates if c.backend == asked)
+    why = "; ".join(r.message + (f" ({r.hint})" if r.hint else "") for r in candidate.reasons)
+    return UnsupportedError(
+        f"backend {asked!r}, asked for by {explanation.asked_by}, cannot run {request.op} for "
+        f"{request.describe()}: {why}"
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose_cached(request: OpRequest, asked: str | None, asked_by: str) -> str:
-    explanation = explain_request(request, asked)
+    explanation = _explain_request(request, asked, asked_by)
     if explanation.chosen is None:
-        if asked_by != "argument":
-            explanation = Explanation(request, None, asked_by, explanation.candidates)
-        raise _refusal(explanation, asked)
+        raise explain_refusal(explanation)
     if asked is None:
         _log_choice(request.op, explanation.chosen)
     return explanation.chosen
@@ -239,7 +247,6 @@ def arch_of(device: torch.device) -> tuple[int, int] | None:
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@torch.compiler.assume_constant_result
 def _resolve(
     op: str,
     device: torch.device,
@@ -252,10 +259,23 @@ def _resolve(
     asked, asked_by = _asked(backend)
     head_dim, value_dim, q_heads, kv_heads = sizes
     request = OpRequest(
-        op, device.type, arch_of(device), dtype, head_dim, value_dim, q_heads, kv_heads,
-        tuple(sorted(features)), gradient,
+        op,
+        device.type,
+        arch_of(device),
+        dtype,
+        head_dim,
+        value_dim,
+        q_heads,
+        kv_heads,
+        tuple(sorted(features)),
+        gradient,
     )
     return _choose_cached(request, asked, asked_by)
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo (seconds) here:
+# under torch.compile the choice is made once, at trace time.
+setattr(_resolve, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose(
@@ -309,8 +329,9 @@ def choose(
 def loaded_backend(name: str) -> Backend:
     """Return a backend that dispatch has chosen before."""
     loaded = registry().load_backend(_known(name))
-    if isinstance(loaded, Reason):
-        raise UnsupportedError(f"backend {name!r} cannot be loaded: {loaded.message}")
+    if isinstance(loaded, tuple):
+        why = "; ".join(reason.message for reason in loaded)
+        raise UnsupportedError(f"backend {name!r} cannot be loaded: {why}")
     return loaded
 
 
@@ -362,16 +383,23 @@ def explain(
     where = torch.device(device if device is not None else default)
     arch = arch_of(where) if where.type != "cuda" or torch.cuda.is_available() else None
     request = OpRequest(
-        op, where.type, arch, dtype, head_dim, head_dim if value_dim is None else value_dim,
-        q_heads, kv_heads, tuple(sorted(features)), gradient,
+        op,
+        where.type,
+        arch,
+        dtype,
+        head_dim,
+        head_dim if value_dim is None else value_dim,
+        q_heads,
+        kv_heads,
+        tuple(sorted(features)),
+        gradient,
     )
-    return explain_request(request, backend)
+    asked, asked_by = _asked(backend)
+    return _explain_request(request, asked, asked_by)
 
 
 def known_op(op: str) -> str:
-    """Return ``op`` if it is a public op, raise `BackendNotFoundError` with the nearest name if not."""
+    """Return ``op`` if it is public; raise `BackendNotFoundError` with the nearest name if not."""
     if op not in OPS:
         raise BackendNotFoundError(f"no op is called {op!r}: {nearest_name(op, OPS)}")
     return op
-
-

@@ -1,4 +1,4 @@
-"""The pluggy hooks of the ``longctx`` project; each returns cheap metadata and imports no kernels."""
+"""The pluggy hooks of ``longctx``; each returns cheap metadata and imports no kernels."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
 """Discovery of plugins, one by one, so that a broken one harms nobody else.
 
-Entry points of the group ``longctx`` are loaded one at a time: a plugin that raises, speaks another
-protocol version or repeats a name becomes a `PluginFailure` that ``longctx doctor`` shows.
+Entry points of the group ``longctx`` are loaded one at a time: a plugin that raises, speaks
+another protocol version or repeats a name becomes a `PluginFailure` that ``longctx doctor`` shows.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import ModuleType
@@ -18,6 +19,7 @@ from typing import Any
 
 import pluggy
 
+from longctx.contract import contract_breach
 from longctx.errors import PluginError
 from longctx.hookspecs import PROJECT, Hooks
 from longctx.protocols.backend import Backend, BackendInfo
@@ -62,36 +64,34 @@ class Registry:
     kv_caches: dict[str, KVCacheInfo] = field(default_factory=dict)
     failures: list[PluginFailure] = field(default_factory=list)
     sources: dict[tuple[str, str], str] = field(default_factory=dict)
-    _loaded: dict[str, Backend | Reason] = field(default_factory=dict)
+    _loaded: dict[str, Backend | tuple[Reason, ...]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def load_backend(self, name: str) -> Backend | Reason:
-        """Return the loaded backend, or the reason why it cannot be loaded; tried once."""
+    def load_backend(self, name: str) -> Backend | tuple[Reason, ...]:
+        """Return the loaded backend, or the reasons why it cannot be loaded; tried once."""
         with self._lock:
             if name not in self._loaded:
                 self._loaded[name] = self._try_load(self.backends[name])
             return self._loaded[name]
 
-    def _try_load(self, info: BackendInfo) -> Backend | Reason:
+    def _try_load(self, info: BackendInfo) -> Backend | tuple[Reason, ...]:
         missing = tuple(info.missing())
         if missing:
-            return missing[0]
+            return missing
         try:
-            backend = info.load()
+            backend: Any = info.load()
         except Exception as error:  # a plugin may raise anything, OSError of a missing driver too
             if _strict():
                 raise PluginError(f"backend {info.name!r} failed to load: {error}") from error
             log.warning("backend %s failed to load: %s", info.name, error)
-            return Reason(
-                ReasonCode.IMPORT_FAILED,
-                f"{type(error).__name__}: {error}",
-                "see `longctx doctor --debug`",
-            )
+            return (_import_reason(error),)
         if not isinstance(backend, Backend):
-            return Reason(
-                ReasonCode.IMPORT_FAILED,
-                f"load() gave {type(backend).__name__}, which lacks support/reasons/primitive",
-            )
+            what = type(backend).__name__
+            message = f"load() gave {what}, which lacks support/reasons/primitive"
+            return (Reason(ReasonCode.IMPORT_FAILED, message),)
+        breach = contract_breach(backend)
+        if breach:
+            return (Reason(ReasonCode.IMPORT_FAILED, f"breaks the protocol: {breach}"),)
         return backend
 
 
@@ -134,7 +134,8 @@ def register_plugin(plugin: Any, *, name: str | None = None) -> None:
     name : str, optional
         Name shown by ``longctx doctor``.
     """
-    _extra_plugins.append((name or getattr(plugin, "__name__", repr(plugin)), plugin))
+    label: str = name or getattr(plugin, "__name__", None) or repr(plugin)
+    _extra_plugins.append((label, plugin))
     reset_registry()
 
 
@@ -161,7 +162,7 @@ def _discover() -> Registry:
 
 
 def _candidates() -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
-    """Yield (source, dist, version, load): built-in, entry points by name, environment, registered."""
+    """Yield (source, dist, version, load): built-in, entry points, environment, registered."""
     version = _version("longctx-core")
     yield _BUILT_IN, "longctx-core", version, lambda: importlib.import_module(_BUILT_IN)
     entry_points = metadata.entry_points(group=PROJECT)
@@ -174,9 +175,13 @@ def _candidates() -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
             point.load,
         )
     for module in filter(None, os.environ.get("LONGCTX_PLUGINS", "").split(",")):
-        yield module.strip(), "", "", lambda m=module.strip(): importlib.import_module(m)
+        yield module.strip(), "", "", functools.partial(importlib.import_module, module.strip())
     for name, plugin in _extra_plugins:
-        yield name, "", "", lambda p=plugin: p
+        yield name, "", "", functools.partial(_given, plugin)
+
+
+def _given(plugin: Any) -> Any:
+    return plugin
 
 
 def _version(dist: str) -> str:
@@ -213,7 +218,8 @@ def _admit(found: Registry, source: str, dist: str, version: str, kind: str, inf
     name = getattr(info, "name", None)
     if not isinstance(name, str) or not isinstance(protocol, tuple):
         reason = Reason(
-            ReasonCode.IMPORT_FAILED, f"the {kind} hook returned {info!r}, which has no name/protocol"
+            ReasonCode.IMPORT_FAILED,
+            f"the {kind} hook returned {info!r}, which has no name/protocol",
         )
     elif not is_compatible(protocol):
         theirs, ours = (".".join(map(str, v)) for v in (protocol, PROTOCOL_VERSION))
@@ -245,5 +251,3 @@ def _import_reason(error: Exception) -> Reason:
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = f"pip install {error.name.partition('.')[0]}"
     return Reason(ReasonCode.IMPORT_FAILED, f"{type(error).__name__}: {error}", hint)
-
-

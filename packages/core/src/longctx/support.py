@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["OpRequest", "OpSupport", "Reason", "ReasonCode", "reasons_against"]
+__all__ = [
+    "DTYPES",
+    "OpRequest",
+    "OpSupport",
+    "Reason",
+    "ReasonCode",
+    "dtype_name",
+    "reasons_against",
+]
 
 
 class ReasonCode(StrEnum):
@@ -173,18 +181,21 @@ class OpSupport:
         }
 
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+"""Data types by the short names used in messages and on the command line."""
+
+_SHORT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the short name of a data type (``"bf16"``, ``"fp8_e4m3"``)."""
-    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-_DTYPE_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8_e4m3",
-}
+    return _SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def reasons_against(support: OpSupport | None, request: OpRequest) -> tuple[Reason, ...]:
@@ -241,9 +252,7 @@ def reasons_against(support: OpSupport | None, request: OpRequest) -> tuple[Reas
         if feature not in support.features
     )
     if request.gradient and not support.gradient:
-        found.append(
-            Reason(ReasonCode.GRADIENT, "no backward pass", "call under torch.no_grad()")
-        )
+        found.append(Reason(ReasonCode.GRADIENT, "no backward pass", "call under torch.no_grad()"))
     return tuple(found)
 
 
@@ -251,10 +260,16 @@ def _arch_reasons(support: OpSupport, arch: tuple[int, int]) -> list[Reason]:
     low, high = support.min_arch, support.max_arch
     if low is not None and arch < low:
         return [
-            Reason(ReasonCode.ARCH, f"needs sm_{low[0]}{low[1]} or newer, this is sm_{arch[0]}{arch[1]}")
+            Reason(
+                ReasonCode.ARCH,
+                f"needs sm_{low[0]}{low[1]} or newer, this is sm_{arch[0]}{arch[1]}",
+            )
         ]
     if high is not None and arch > high:
         return [
-            Reason(ReasonCode.ARCH, f"made for sm_{high[0]}{high[1]} at most, this is sm_{arch[0]}{arch[1]}")
+            Reason(
+                ReasonCode.ARCH,
+                f"made for sm_{high[0]}{high[1]} at most, this is sm_{arch[0]}{arch[1]}",
+            )
         ]
     return []

@@ -1,0 +1,129 @@
+"""Sessions of the monorepo; ``nox -l`` lists them, ``nox -s NAME`` runs one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests"]
+
+PACKAGES = [
+    f"packages/{name}" for name in ("core", "backend-triton", "backend-cupy", "backend-numba")
+]
+MODELS = "packages/models[plot,transformers]"
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+DOC_TOOLS = ("sphinx>=8", "furo>=2024.8", "myst-parser>=4", "numpydoc>=1.8")
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install with the versions of constraints.txt."""
+    session.install("-c", "constraints.txt", *requirements)
+
+
+def editable(session: nox.Session) -> None:
+    """Install every package of the checkout, editable, in one call that resolves the siblings."""
+    sources = [argument for package in (*PACKAGES, MODELS) for argument in ("-e", package)]
+    install(session, *sources, *TEST_TOOLS)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Install core and models into a new environment and run the demo."""
+    install(session, "packages/core", "packages/models[plot]")
+    session.run("longctx", "doctor")
+    session.run("longctx", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test that needs no GPU, the documentation's snippets included."""
+    editable(session)
+    arguments = session.posargs or ["packages", "tests", "docs", "README.md"]
+    workers = ["-n", str(min(os.cpu_count() or 1, 8))] if not session.posargs else []
+    # one thread a worker: the workers are what fills the cores
+    session.run("pytest", *workers, *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Compare every installed backend with the oracle and with each other."""
+    editable(session)
+    session.run("pytest", "tests/parity", *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Build third-party plugins as wheels and use them beside core in a fresh environment."""
+    session.install("build", "setuptools>=77", "wheel")
+    wheels = Path(session.create_tmp()) / "wheels"
+    for source in ("packages/core", "tests/plugins/good_plugin", "tests/plugins/broken_plugin"):
+        session.run(
+            "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), source,
+            silent=True,
+        )  # fmt: skip
+    install(session, "--force-reinstall", "--no-deps", *map(str, sorted(wheels.glob("*.whl"))))
+    install(session, "--find-links", str(wheels), "longctx-core", *TEST_TOOLS)
+    session.run("pytest", "tests/install/third_party.py", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("ruff>=0.8")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types: strict for every package."""
+    editable(session)
+    session.install("mypy>=1.13")
+    for package in sorted(Path("packages").glob("*/src/*")):
+        if (package / "py.typed").exists():
+            session.run("mypy", str(package))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    editable(session)
+    install(session, *DOC_TOOLS)
+    session.run(
+        "sphinx-build",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "docs",
+        "docs/_build/html",
+        *session.posargs,
+    )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the CPU benchmarks of the built-in backend and print their tables."""
+    editable(session)
+    for script in sorted(Path("packages/core/benchmarks").glob("*.py")):
+        session.run("python", str(script), *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheels and sdists, check their contents, rehearse an installation from them."""
+    session.install("build", "setuptools>=77", "wheel", "twine")
+    dist = Path(session.create_tmp()) / "dist"
+    for package in (*PACKAGES, "packages/models"):
+        session.run(
+            "python", "-m", "build", "--no-isolation", "--outdir", str(dist), package, silent=True
+        )
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    session.run("python", "tests/install/wheel_contents.py", str(dist))
+    siblings = ("longctx-core", "longctx-models", "longctx-backend-triton")
+    session.install("--dry-run", "--no-deps", "--no-index", "--find-links", str(dist), *siblings)

@@ -1,0 +1,1 @@
+"""longctx backend: CUDA C++ kernels compiled at run time through CuPy and NVRTC."""

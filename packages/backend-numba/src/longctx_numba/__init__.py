@@ -1,0 +1,1 @@
+"""longctx backend: Numba CUDA kernels: the readable backend."""

@@ -1,0 +1,1 @@
+"""longctx backend: Triton and Gluon kernels for NVIDIA GPUs (sm_80 and later)."""

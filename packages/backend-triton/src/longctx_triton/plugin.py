@@ -1,0 +1,60 @@
+"""Registration of the Triton backend; nothing of Triton is imported before the first use."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from longctx import (
+    PROTOCOL_VERSION,
+    Backend,
+    BackendBase,
+    BackendInfo,
+    Reason,
+    ReasonCode,
+    hookimpl,
+)
+from longctx.probes import missing_cuda, missing_library
+
+__all__ = ["longctx_backends", "missing"]
+
+_INSTALL = 'pip install "triton>=3.6,<3.10"'
+
+OLDEST, NEWEST = (3, 6), (3, 9)
+"""Triton versions (major, minor) that the kernels are written for, inclusive."""
+
+
+def missing() -> tuple[Reason, ...]:
+    """Return what this machine lacks: the library, a fitting version of it, a driver, a GPU."""
+    reasons = missing_library("triton", _INSTALL) or _unfit_version()
+    return (*reasons, *missing_cuda())
+
+
+def _unfit_version() -> tuple[Reason, ...]:
+    installed = metadata.version("triton")
+    major, minor = (int(part) for part in installed.split(".")[:2])
+    if OLDEST <= (major, minor) <= NEWEST:
+        return ()
+    bounds = " to ".join(".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    message = f"triton {installed} is installed, the kernels are written for {bounds}"
+    return (Reason(ReasonCode.NOT_INSTALLED, message, _INSTALL),)
+
+
+def _load() -> Backend:
+    from longctx_triton.support import SUPPORT
+
+    return BackendBase(SUPPORT, {})
+
+
+@hookimpl
+def longctx_backends() -> list[BackendInfo]:
+    """Offer the backend called ``"triton"``."""
+    return [
+        BackendInfo(
+            name="triton",
+            version=metadata.version("longctx-backend-triton"),
+            protocol=PROTOCOL_VERSION,
+            load=_load,
+            missing=missing,
+            description="Triton and Gluon kernels for NVIDIA GPUs (sm_80 and later)",
+        )
+    ]

@@ -1,0 +1,1 @@
+"""Tools to test backends with: a tolerance that comes from the data."""
