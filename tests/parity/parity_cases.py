@@ -141,6 +141,21 @@ def stepped(
     return decode_step(**inputs, state=state), state
 
 
+def step_oracle(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the oracle's output and state; the state's precision is the step's."""
+    token = (t[:, 0].to(state.dtype) for t in (q, k, v))
+    out, state = lightning.lightning_decode(*token, state, log_decay)
+    return out.unsqueeze(1), state
+
+
+def state_precision(initial_state: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+    """Return lightning inputs in the precision of the carried state, which is fp32 or better."""
+    wide = {name: tensor.to(initial_state.dtype) for name, tensor in inputs.items()}
+    return {**wide, "initial_state": initial_state}
+
+
 def dequantized(quantized: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the values that an fp8 row stands for, and its scales."""
     values, scale = quantized
@@ -179,7 +194,7 @@ CASES = [
         "state",
         lightning_inputs,
         lambda backend, **t: longctx.lightning_attention(**t, backend=backend),
-        lambda **t: lightning.lightning_attention(**t),
+        lambda **t: lightning.lightning_attention(**state_precision(**t)),
         ("initial-state",),
         frozenset({"log_decay", "initial_state"}),
     ),
@@ -192,7 +207,7 @@ CASES = [
             "log_decay": torch.tensor([0.0, -5e-5, -0.05, -0.9]),
         },
         lambda backend, state, **t: stepped(longctx.lightning_decode, state, **t, backend=backend),
-        lambda state, **t: stepped(lightning.lightning_decode, state, **t),
+        lambda state, **t: step_oracle(state, **t),
         keep_fp32=frozenset({"log_decay", "state"}),
     ),
     Case(

@@ -6,21 +6,21 @@ import itertools
 
 import pytest
 import torch
-from cases import CASES, cast
+from parity_cases import CASES, cast
 
 import longctx
 from longctx.support import OpRequest, reasons_against
 from longctx.testing.budget import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16]
-BACKENDS = list(longctx.registry().backends)
+INSTALLED = list(longctx.registry().backends)
+BACKENDS = [n for n in INSTALLED if not isinstance(longctx.registry().load_backend(n), tuple)]
 
 
 def device_for(backend: str, case, dtype: torch.dtype) -> str:
     """Return where a backend can run a case; skip with its reasons if nowhere."""
     loaded = longctx.registry().load_backend(backend)
-    if isinstance(loaded, tuple):
-        pytest.skip("; ".join(reason.message for reason in loaded))
+    assert not isinstance(loaded, tuple)
     reasons = ()
     for device in ("cuda", "cpu"):
         if device == "cuda" and not torch.cuda.is_available():
@@ -32,6 +32,13 @@ def device_for(backend: str, case, dtype: torch.dtype) -> str:
         if not reasons:
             return device
     pytest.skip(f"{backend}: " + "; ".join(reason.message for reason in reasons))
+
+
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_backend_is_usable_here(backend):
+    loaded = longctx.registry().load_backend(backend)
+    if isinstance(loaded, tuple):
+        pytest.skip("; ".join(reason.message for reason in loaded))
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.id)
@@ -55,6 +62,8 @@ def test_backend_matches_the_oracle(backend, case, dtype, parity_table):
     exact = case.oracle(**cast(case, rounded, "cpu", torch.float64))
     low = case.oracle(**rounded)
     for position, (actual, right, reference) in enumerate(zip(results, exact, low, strict=True)):
+        # some oracles widen their inputs: the output's own rounding belongs to the budget
+        reference = reference.to(actual.dtype)
         budget = assert_within_budget(actual, right, reference, name=f"output {position}")
         parity_table(backend, case.op, dtype, budget)
 
@@ -62,7 +71,7 @@ def test_backend_matches_the_oracle(backend, case, dtype, parity_table):
 PAIRS = list(itertools.combinations(BACKENDS, 2))
 
 
-@pytest.mark.skipif(not PAIRS, reason="one backend is installed")
+@pytest.mark.skipif(not PAIRS, reason="fewer than two usable backends")
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_backends_agree(pair, case, dtype):
     made = case.inputs(torch.Generator().manual_seed(7))

@@ -68,7 +68,7 @@ def test_explain_json(run):
         (("explain", "flash_attention", "--feature", "windo"), "did you mean 'window'"),
         (("explain", "flash_attention", "--backend", "tirton"), "did you mean 'triton'"),
         (("nonsense",), "No such command"),
-        (("explain", "flash_attention", "--head-dim", "many"), "many"),
+        (("explain", "flash_attention", "--head-dim", "many"), "--head-dim"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(run, arguments, message):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from longctx.dispatch import BoundBackend, explain, explain_refusal
-from longctx.protocols.attention import FAMILIES
+from longctx.protocols.families import FAMILIES
 
 __all__ = ["bind"]
 

@@ -131,7 +131,7 @@ def explain(
 ) -> None:
     """Show which backend would run an op, and why the others would not."""
     from longctx.dispatch import explain as explain_op
-    from longctx.protocols.attention import FEATURES
+    from longctx.protocols.families import FEATURES
     from longctx.support import DTYPES
 
     if dtype not in DTYPES:

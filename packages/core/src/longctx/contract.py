@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 
 from longctx.protocols import attention
-from longctx.protocols.attention import GRADIENT_PRIMITIVES, OPS
 from longctx.protocols.backend import Backend
+from longctx.protocols.families import GRADIENT_PRIMITIVES, OPS
 
 __all__ = ["contract_breach"]
 

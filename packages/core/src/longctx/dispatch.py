@@ -20,8 +20,8 @@ import torch
 
 from longctx.errors import BackendNotFoundError, UnsupportedError, nearest_name
 from longctx.plugins import registry
-from longctx.protocols.attention import OPS
 from longctx.protocols.backend import Backend
+from longctx.protocols.families import OPS
 from longctx.support import OpRequest, Reason, ReasonCode, reasons_against
 
 __all__ = ["BoundBackend", "Candidate", "Explanation", "choose", "explain", "use"]

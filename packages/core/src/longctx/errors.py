@@ -1,4 +1,4 @@
-"""Exceptions raised by longctx; each message says in one sentence what, where and how to mend it."""
+"""Exceptions raised by longctx; a message says in one sentence what, where and how to mend it."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class OpSupport:
     min_arch, max_arch : (int, int) or None
         Inclusive bounds on the CUDA compute capability; ignored on other devices.
     features : frozenset of str
-        Optional features (see `longctx.protocols.attention.FEATURES`) that the op honours.
+        Optional features (see `longctx.protocols.families.FEATURES`) that the op honours.
     gradient : bool
         Whether the backward primitive exists.
     deterministic : bool

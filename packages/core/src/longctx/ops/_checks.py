@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ def check_axes(name: str, tensor: Tensor, axes: str) -> None:
         raise ValueError(f"{name} must be ({axes}), got shape {tuple(tensor.shape)}")
     if tensor.ndim > 1 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
-            f"{name} must have a unit stride in its last axis, got strides {tuple(tensor.stride())}: "
-            "call .contiguous()"
+            f"{name} must have a unit stride in its last axis, got strides "
+            f"{tuple(tensor.stride())}: call .contiguous()"
         )
 
 
@@ -48,7 +49,8 @@ def check_same(what: str, first: str, a: object, second: str, b: object, mend: s
     """Raise if two properties differ."""
     if a != b:
         raise ValueError(
-            f"{first} and {second} must agree in {what}, got {a} and {b}" + (f": {mend}" if mend else "")
+            f"{first} and {second} must agree in {what}, got {a} and {b}"
+            + (f": {mend}" if mend else "")
         )
 
 
@@ -57,7 +59,8 @@ def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         got = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be {names}, got {got}: use .to(torch.{names.split(' ')[0]})")
+        first = names.partition(" ")[0]
+        raise TypeError(f"{name} must be {names}, got {got}: use .to(torch.{first})")
 
 
 def check_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
@@ -69,8 +72,8 @@ def check_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
         )
 
 
-def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, *, mla: bool = False) -> None:
-    """Check ``q [B, Sq, Hq, D]``, ``k [B, Sk, Hkv, D]``, ``v [B, Sk, Hkv, Dv]`` against each other."""
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check ``q [B, Sq, Hq, D]``, ``k [B, Sk, Hkv, D]``, ``v [B, Sk, Hkv, Dv]``."""
     check_axes("q", q, "batch, q_len, q_heads, head_dim")
     check_axes("k", k, "batch, k_len, kv_heads, head_dim")
     check_axes("v", v, "batch, k_len, kv_heads, value_dim")
@@ -78,7 +81,8 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, *, mla: bool = False
         check_device("q", q, name, other)
         if other.dtype != q.dtype:
             raise TypeError(
-                f"q and {name} must share a dtype, got {q.dtype} and {other.dtype}: cast one of them"
+                f"q and {name} must share a dtype, got {q.dtype} and {other.dtype}: "
+                "cast one of them"
             )
         check_same("batch", "q", q.shape[0], name, other.shape[0])
     check_same("k_len", "k", k.shape[1], "v", v.shape[1])
@@ -115,9 +119,7 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
         raise ValueError(f"window must be (left, right), got {window!r}")
     for side, size in zip(("left", "right"), window, strict=True):
         if size is not None and size < 0:
-            raise ValueError(
-                f"window {side} must be at least 0, or None for no limit, got {size}"
-            )
+            raise ValueError(f"window {side} must be at least 0, or None for no limit, got {size}")
     return window
 
 
@@ -150,7 +152,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, batch: int, total: int) -> N
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != total:
         raise ValueError(
-            f"{name} must begin at 0 and end at the total length {total}, got {ends[0]} and {ends[-1]}"
+            f"{name} must begin at 0 and end at the total length {total}, "
+            f"got {ends[0]} and {ends[-1]}"
         )
-    if any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+    if any(end < start for start, end in pairwise(ends)):
         raise ValueError(f"{name} must not decrease, got {ends}")

@@ -134,7 +134,7 @@ def check_topk_inputs(
     q: Tensor, k: Tensor, v: Tensor, plan: TopKPlan, scale: float, sinks: Tensor | None
 ) -> None:
     """Check attention inputs, and that the plan was made for them."""
-    check_attention_inputs(q, k, v, mla=True)
+    check_attention_inputs(q, k, v)
     check_scale(scale)
     check_sinks(sinks, q, q.shape[2])
     if not isinstance(plan, TopKPlan):

@@ -1,7 +1,7 @@
-"""One registration a family with ``torch.library``: schema, fake, gradient, backend as an argument.
+"""Registration with ``torch.library``: schema, fake, gradient, the backend as an argument.
 
-Registered ops (``torch.ops.longctx.*``) are what traces, gradients and opcheck see. Eager calls that
-need no gradient go straight to the backend's primitive and skip the dispatcher.
+Registered ops (``torch.ops.longctx.*``) are what traces, gradients and opcheck see. Eager calls
+that need no gradient go straight to the backend's primitive and skip the dispatcher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["call", "define", "needs_gradient"]
 
-_LIBRARY = torch.library.Library("longctx", "DEF")
+_LIBRARY = torch.library.Library("longctx", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(
@@ -46,8 +46,10 @@ def define(
     callable
         The op's default overload.
     """
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.define(  # type: ignore[no-untyped-call]
+        f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"longctx::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from longctx.dispatch import BoundBackend, choose, primitive
+from longctx.errors import UnsupportedError
 from longctx.ops._checks import (
     check_attention_inputs,
     check_axes,
     check_cu_seqlens,
+    check_device,
     check_dtype,
     check_same,
     check_scale,
@@ -49,7 +51,7 @@ def flash_attention(
     Parameters
     ----------
     q : Tensor, (batch, q_len, q_heads, head_dim)
-        bf16, fp16, fp32 or fp8 e4m3; any strides with a unit last stride.
+        bf16, fp16, fp32, fp64 or fp8 e4m3; any strides with a unit last stride.
     k : Tensor, (batch, k_len, kv_heads, head_dim)
         ``q_heads`` is a multiple of ``kv_heads`` (GQA, MQA); heads are never repeated in memory.
     v : Tensor, (batch, k_len, kv_heads, value_dim)
@@ -64,8 +66,9 @@ def flash_attention(
     scale : float, optional
         Default ``head_dim ** -0.5``.
     cu_seqlens_q, cu_seqlens_k : Tensor, (sequences + 1,), int32, optional
-        Cumulative lengths of packed sequences; the batch is then 1. The second defaults to the first.
-        The torch backend reads them on the host, which synchronises a GPU.
+        Cumulative lengths of packed sequences; the batch is then 1. The second defaults to the
+        first. The torch backend reads them on the host, which synchronises a GPU, except for a
+        bf16 or fp16 forward without softcap.
     q_descale, k_descale, v_descale : Tensor, (batch, kv_heads), float32, optional
         Factors of fp8 inputs.
     backend : str, optional
@@ -137,18 +140,22 @@ def flash_attention_with_lse(
     Returns
     -------
     AttentionOutput
-        ``out`` and ``lse`` fp32 ``[batch, q_heads, q_len]`` (natural log, sinks included; -inf where
-        there was nothing to attend).
+        ``out`` and ``lse`` fp32 ``[batch, q_heads, q_len]`` (natural log, sinks included; -inf
+        where there was nothing to attend; fp64 for fp64 inputs).
     """
     left, right = check_window(window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if not torch.compiler.is_compiling():
         _check(q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k)
         for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
             _check_descale(name, descale, q, k)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     features = _features(left, right, softcap, sinks, cu_seqlens_q, q.dtype)
     gradient = needs_gradient(q, k, v, sinks)
+    if gradient and q.dtype == FP8:
+        raise UnsupportedError(
+            "flash_attention has no gradient for fp8 inputs: call under torch.no_grad() or in bf16"
+        )
     chosen = choose(
         "flash_attention",
         q,
@@ -191,22 +198,31 @@ def _check(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    scale: float,
+    scale: float | None,
     softcap: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> None:
     check_attention_inputs(q, k, v)
-    check_scale(scale)
+    if scale is not None:
+        check_scale(scale)
     check_softcap(softcap)
     check_sinks(sinks, q, q.shape[2])
     if cu_seqlens_k is not None:
         if cu_seqlens_q is None:
             raise ValueError("cu_seqlens_k was given without cu_seqlens_q: give both")
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], q.shape[1])
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], k.shape[1])
+        for name, ends, tensor in (
+            ("cu_seqlens_q", cu_seqlens_q, q),
+            ("cu_seqlens_k", cu_seqlens_k, k),
+        ):
+            check_cu_seqlens(name, ends, tensor.shape[0], tensor.shape[1])
+            check_device("q", q, name, ends)
         check_same(
-            "number of sequences", "cu_seqlens_q", len(cu_seqlens_q), "cu_seqlens_k", len(cu_seqlens_k)
+            "number of sequences",
+            "cu_seqlens_q",
+            cu_seqlens_q.shape[0] - 1,
+            "cu_seqlens_k",
+            cu_seqlens_k.shape[0] - 1,
         )
 
 
@@ -217,7 +233,9 @@ def _check_descale(name: str, descale: Tensor | None, q: Tensor, k: Tensor) -> N
         raise TypeError(f"{name}_descale is for fp8 e4m3 inputs, q is {q.dtype}: leave it out")
     check_axes(f"{name}_descale", descale, "batch, kv_heads")
     check_dtype(f"{name}_descale", descale, torch.float32)
-    check_same("shape", f"{name}_descale", tuple(descale.shape), "(batch, kv_heads)", (k.shape[0], k.shape[2]))
+    check_device("q", q, f"{name}_descale", descale)
+    expected = (k.shape[0], k.shape[2])
+    check_same("shape", f"{name}_descale", tuple(descale.shape), "(batch, kv_heads)", expected)
 
 
 def _forward(
@@ -317,32 +335,52 @@ def _backward_fake(
     def like(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
-    return like(q), like(k), like(v), q.new_empty(0, dtype=lse.dtype) if sinks is None else like(sinks)
+    return (
+        like(q),
+        like(k),
+        like(v),
+        q.new_empty(0, dtype=lse.dtype) if sinks is None else like(sinks),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, _qd, _kd, _vd, *options = inputs
+    ctx.set_materialize_grads(False)  # an unused lse then has no gradient, not one of zeros
     ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
     ctx.options = options
 
 
-def _autograd(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    if dout.stride(-1) != 1:  # such as the gradient of a sum: backends rely on a unit last stride
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dsinks = _backward_op(
         dout, dlse, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options
     )
     return dq, dk, dv, dsinks if sinks is not None else None, *(None,) * 11
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "flash_attention can be differentiated once: the gradient of its gradient is not available"
+    )
+
+
 _OPTIONS = (
-    "bool causal, SymInt? window_left, SymInt? window_right, float softcap, float scale, str backend"
+    "bool causal, SymInt? window_left, SymInt? window_right, float softcap, float scale, "
+    "str backend"
 )
 _backward_op = define(
     "flash_backward",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks, "
-    f"Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_no_second_derivative,
 )
 _forward_op = define(
     "flash_forward",

@@ -1,1 +1,1 @@
-"""The protocols that backends, caches and selectors implement; docstrings with shapes, no logic."""
+"""The protocols that backends, caches and selectors implement: signatures and docstrings."""

@@ -2,28 +2,25 @@
 
 Primitives are plain functions of tensors. They know neither autograd nor ``torch.library``: core
 registers each family once (schema, fake, gradient) and hands the tensors over. Shapes are named
-``B`` batch, ``Sq``/``Sk`` query/key length, ``Hq``/``Hkv`` query/KV heads (``Hq % Hkv == 0``), ``D``
-head size, ``Dv`` value head size, ``N`` packed sequences. All of these hold for every primitive:
+``B`` batch, ``Sq``/``Sk`` query/key length, ``Hq``/``Hkv`` query/KV heads (``Hq % Hkv == 0``),
+``D`` head size, ``Dv`` value head size, ``N`` packed sequences. All of these hold for every
+primitive:
 
 - any strides with a unit last stride come in; outputs are freshly allocated and contiguous;
-- ``lse`` is fp32, natural log, ``[B, Hq, Sq]``; a row with nothing to attend gives out 0, lse -inf;
-- causality and windows are aligned bottom-right: query ``i`` stands at key position ``i + Sk - Sq``;
-- ``sinks`` ``[Hq]`` fp32 are learned logits that enter the softmax denominator alone (and ``lse``);
+- ``lse`` is fp32, natural log, ``[B, Hq, Sq]``; an empty row gives out 0 and lse -inf;
+- causality and windows are aligned bottom-right: query ``i`` stands at ``i + Sk - Sq``;
+- ``sinks`` ``[Hq]`` fp32 are learned logits in the softmax denominator alone (and ``lse``);
 - arguments were checked by core: a primitive may trust ranks, sizes and dtypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 __all__ = [
-    "FAMILIES",
-    "FEATURES",
-    "GRADIENT_PRIMITIVES",
-    "OPS",
     "AttentionOutput",
     "BlockSparseAttention",
     "DecodeAttention",
@@ -88,9 +85,9 @@ class FlashAttention(Protocol):
         """Return ``(out [B, Sq, Hq, Dv], lse [B, Hq, Sq])``.
 
         ``window_left``/``window_right`` are inclusive, None is unlimited; ``softcap`` 0 is off
-        (``c * tanh(s / c)`` on the scaled score otherwise). With ``cu_seqlens_*`` (int32 ``[N+1]``)
-        the batch is 1 and sequences are packed. ``*_descale`` fp32 ``[B, Hkv]`` multiply fp8 inputs;
-        the output of fp8 inputs is bfloat16.
+        (``c * tanh(s / c)`` on the scaled score otherwise). With ``cu_seqlens_*`` (int32
+        ``[N+1]``) the batch is 1 and sequences are packed. ``*_descale`` fp32 ``[B, Hkv]``
+        multiply fp8 inputs; the output of fp8 inputs is bfloat16.
         """
         ...
 
@@ -118,7 +115,7 @@ class FlashAttention(Protocol):
 
 
 class DecodeAttention(Protocol):
-    """Split-KV attention of 1 to 16 query tokens over a KV cache, and the merge of partial results."""
+    """Attention of 1 to 16 query tokens over a KV cache, and the merge of partial results."""
 
     def decode_forward(
         self,
@@ -137,18 +134,19 @@ class DecodeAttention(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return ``(out [B, Sq, Hq, Dv], lse [B, Hq, Sq])``.
 
-        Caches are ``[B, Smax, Hkv, D]``, or paged ``[pages, page_size, Hkv, D]`` with ``page_table``
-        int32 ``[B, max_pages]``. ``cache_seqlens`` int32 ``[B]`` counts the keys of each sequence,
-        those of the query tokens included; query ``i`` stands at ``cache_seqlens - Sq + i`` and sees
-        nothing behind itself. ``k_scale``/``v_scale`` fp32 ``[B, Hkv]`` multiply an fp8 cache.
+        Caches are ``[B, Smax, Hkv, D]``, or paged ``[pages, page_size, Hkv, D]`` with
+        ``page_table`` int32 ``[B, max_pages]``. ``cache_seqlens`` int32 ``[B]`` counts the keys of
+        each sequence, those of the query tokens included; query ``i`` stands at ``cache_seqlens -
+        Sq + i`` and sees nothing behind itself. ``k_scale``/``v_scale`` fp32 ``[B, Hkv]`` multiply
+        an fp8 cache.
         """
         ...
 
     def merge_forward(self, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         """Merge partial results ``[S, B, Sq, Hq, D]``, ``[S, B, Hq, Sq]`` over their first axis.
 
-        ``lse = logsumexp_s lse_s``, ``out = sum_s exp(lse_s - lse) out_s``, shifted by the maximum;
-        a partial result with lse -inf contributes nothing whatever its ``out`` holds.
+        ``lse = logsumexp_s lse_s``, ``out = sum_s exp(lse_s - lse) out_s``, shifted by the
+        maximum; a partial result with lse -inf contributes nothing whatever its ``out`` holds.
         """
         ...
 
@@ -170,7 +168,7 @@ class LightningAttention(Protocol):
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(out [B, S, H, Dv], final_state [N, H, D, Dv] fp32)``; ``N = B`` unless packed."""
+        """Return ``(out [B, S, H, Dv], final_state [N, H, D, Dv])``; ``N = B`` unless packed."""
         ...
 
     def lightning_backward(
@@ -192,17 +190,18 @@ class LightningAttention(Protocol):
     def lightning_decode_forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor, *, scale: float
     ) -> Tensor:
-        """Return ``out [B, 1, H, Dv]`` for one token, updating ``state [B, H, D, Dv]`` fp32 in place."""
+        """Return ``out [B, 1, H, Dv]``, updating ``state [B, H, D, Dv]`` fp32 in place."""
         ...
 
 
 class SparseIndexer(Protocol):
-    """DeepSeek Sparse Attention: fp8 lightning indexer, exact top-k, attention over the chosen keys."""
+    """DeepSeek Sparse Attention: fp8 indexer, exact top-k, attention over the chosen keys."""
 
     def quantize_forward(self, x: Tensor, *, scale_format: str) -> tuple[Tensor, Tensor]:
         """Return ``(x8 e4m3 [..., D], scale fp32 [...])``, one scale a row of the last axis.
 
-        ``scale = max(amax, 1e-4) / 448``, rounded up to a power of two for ``scale_format="ue8m0"``.
+        ``scale = max(amax, 1e-4) / 448``, rounded up to a power of two for
+        ``scale_format="ue8m0"``.
         """
         ...
 
@@ -217,10 +216,11 @@ class SparseIndexer(Protocol):
         key_start: Tensor | None,
         key_end: Tensor | None,
     ) -> Tensor:
-        """Return ``I [B, Sq, Sk]`` fp32: ``k_scale[s] * sum_h weights[t, h] relu(q[t, h] . k[s])``.
+        """Return ``I [B, Sq, Sk]`` fp32: ``k_scale[s] sum_h weights[t, h] relu(q[t, h] . k[s])``.
 
-        ``q [B, Sq, Hi, Di]``, ``k [B, Sk, Di]``, ``weights [B, Sq, Hi]`` fp32, ``k_scale [B, Sk]``;
-        keys outside ``[key_start, key_end)`` (int32 ``[B, Sq]``) or behind the query are -inf.
+        ``q [B, Sq, Hi, Di]``, ``k [B, Sk, Di]``, ``weights [B, Sq, Hi]`` fp32, ``k_scale [B,
+        Sk]``; keys outside ``[key_start, key_end)`` (int32 ``[B, Sq]``) or behind the query are
+        -inf.
         """
         ...
 
@@ -270,9 +270,9 @@ class SparseIndexer(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return ``(out [B, Sq, Hq, Dv], lse)`` over ``indices`` int32 ``[B, Sq, G, K]``.
 
-        ``G`` is 1 (shared by all heads) or ``Hkv``; -1 anywhere is skipped; with ``page_size`` > 1 an
-        index names a page of that many consecutive keys. Causality is carried by the indices alone
-        for single tokens; keys of a page behind the query are masked.
+        ``G`` is 1 (shared by all heads) or ``Hkv``; -1 anywhere is skipped; with ``page_size`` > 1
+        an index names a page of that many consecutive keys. Causality is carried by the indices
+        alone for single tokens; keys of a page behind the query are masked.
         """
         ...
 
@@ -311,7 +311,7 @@ class BlockSparseAttention(Protocol):
         *,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(out, lse)`` over key columns ``vertical [B, Hx, V]`` and diagonals ``slash [B, Hx, S]``.
+        """Return ``(out, lse)`` over columns ``vertical [B, Hx, V]`` and diagonals ``slash``.
 
         A diagonal ``o`` holds the pairs with ``query position - key position == o``; causal.
         """
@@ -343,7 +343,7 @@ class StarAttention(Protocol):
     def star_context_forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, block_size: int, anchor_size: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(out, lse)`` over ``j <= i and (i // b == j // b or j < a)``, positions absolute."""
+        """Return ``(out, lse)`` over ``j <= i and (i // b == j // b or j < a)``, absolute."""
         ...
 
     def star_query_forward(
@@ -357,20 +357,22 @@ class StarAttention(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return ``(out, lse)`` over all shards ``[B, Sk_i, Hkv, D]``, exactly merged.
 
-        Causal (bottom-right) on shard ``query_shard`` alone, whose last ``Sq`` keys are the queries'
-        own; every other shard is seen whole.
+        Causal (bottom-right) on shard ``query_shard`` alone, whose last ``Sq`` keys are the
+        queries' own; every other shard is seen whole.
         """
         ...
 
 
 class TokenSparseAttention(Protocol):
-    """Token Sparse Attention (arXiv 2602.03216): score, select, attend among the selected, scatter."""
+    """Token Sparse Attention (arXiv 2602.03216): score, select, attend among them, scatter."""
 
-    def token_scores_forward(self, q_recent: Tensor, k: Tensor, *, pool: int, scale: float) -> Tensor:
+    def token_scores_forward(
+        self, q_recent: Tensor, k: Tensor, *, pool: int, scale: float
+    ) -> Tensor:
         """Return fp32 ``[B, Hq, Sk - W]`` from the last ``W`` queries ``[B, W, Hq, D]``.
 
-        Mean over the queries of the causal softmax over all keys, average-pooled over ``pool`` keys
-        (stride 1, zero padding counted in the divisor).
+        Mean over the queries of the causal softmax over all keys, average-pooled over ``pool``
+        keys (stride 1, zero padding counted in the divisor).
         """
         ...
 
@@ -393,66 +395,3 @@ class TokenSparseAttention(Protocol):
         give out 0 and lse -inf.
         """
         ...
-
-
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "flash": ("flash_attention",),
-    "decode": ("decode_attention", "merge_attention"),
-    "lightning": ("lightning_attention", "lightning_decode"),
-    "dsa": ("quantize_fp8", "index_scores", "index_topk", "topk_attention"),
-    "block_sparse": ("block_sparse_attention",),
-    "star": ("star_context_attention", "star_query_attention"),
-    "token_sparse": ("token_scores", "select_tokens", "token_sparse_attention"),
-}
-"""Public ops by family."""
-
-OPS: Mapping[str, tuple[str, ...]] = {
-    "flash_attention": ("flash_forward",),
-    "decode_attention": ("decode_forward",),
-    "merge_attention": ("merge_forward",),
-    "lightning_attention": ("lightning_forward",),
-    "lightning_decode": ("lightning_decode_forward",),
-    "quantize_fp8": ("quantize_forward",),
-    "index_scores": ("index_scores_forward",),
-    "index_topk": ("index_topk_forward",),
-    "topk_attention": ("topk_attention_forward",),
-    "block_sparse_attention": (
-        "block_sparse_forward",
-        "stripe_sparse_forward",
-        "window_sparse_forward",
-    ),
-    "star_context_attention": ("star_context_forward",),
-    "star_query_attention": ("star_query_forward",),
-    "token_scores": ("token_scores_forward",),
-    "select_tokens": ("select_tokens_forward",),
-    "token_sparse_attention": ("token_sparse_forward",),
-}
-"""Primitives behind each public op; a backend that declares an op has at least one of them."""
-
-GRADIENT_PRIMITIVES: Mapping[str, str] = {
-    "flash_attention": "flash_backward",
-    "lightning_attention": "lightning_backward",
-    "index_scores": "index_scores_backward",
-}
-"""The backward primitive of each op that has a gradient."""
-
-FEATURES: Mapping[str, str] = {
-    "window": "window=(left, right) with a finite side",
-    "softcap": "softcap > 0",
-    "sinks": "learned sink logits",
-    "varlen": "packed sequences through cu_seqlens",
-    "fp8": "fp8 e4m3 inputs with descales",
-    "paged": "a paged KV cache",
-    "multi-token": "more than one query token in decode",
-    "initial-state": "a lightning state carried in",
-    "ue8m0": "power-of-two fp8 scales",
-    "key-range": "key_start / key_end bounds",
-    "pages": "top-k indices that name pages",
-    "per-kv-head": "a plan with one set a KV head",
-    "per-query-head": "a plan with one set a query head",
-    "block-plan": "a BlockPlan",
-    "stripe-plan": "a StripePlan",
-    "window-plan": "a WindowPlan",
-    "mla": "values that are narrower than the keys",
-}
-"""Optional features by name, as they stand in `OpSupport.features` and `OpRequest.features`."""

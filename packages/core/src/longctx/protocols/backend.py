@@ -19,7 +19,7 @@ class Backend(Protocol):
     """
 
     def support(self) -> Mapping[str, OpSupport]:
-        """Return one table for each public op (`longctx.protocols.attention.OPS`) that can run."""
+        """Return one table for each public op (`longctx.protocols.families.OPS`) that can run."""
         ...
 
     def reasons(self, request: OpRequest) -> Sequence[Reason]:

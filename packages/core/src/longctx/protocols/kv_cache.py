@@ -64,7 +64,7 @@ class KVCache(Protocol):
         ...
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return ``(k, v)`` as ``[B, physical, Hkv, D]``: a view when contiguous, a copy when paged."""
+        """Return ``(k, v)`` as ``[B, physical, Hkv, D]``: a view, or a copy when paged."""
         ...
 
     def logical_length(self) -> int:

@@ -31,8 +31,9 @@ class Budget:
     Attributes
     ----------
     kind : str
-        ``tokens`` (a count), ``ratio`` (a share of the tokens), ``keep-mass`` (a share of the score
-        kept), ``drop-mass`` (a share dropped), ``relative-max`` (all above a share of the row's max).
+        ``tokens`` (a count), ``ratio`` (a share of the tokens), ``keep-mass`` (a share of the
+        score kept), ``drop-mass`` (a share dropped), ``relative-max`` (all above a share of the
+        row's max).
     value : float
         In the unit of ``kind``.
     floor : int
@@ -51,7 +52,9 @@ class Budget:
         whole = self.kind == "tokens"
         if not self.value >= 0 or (not whole and self.value > 1):
             limit = "at least 0" if whole else "between 0 and 1"
-            raise ValueError(f"a budget of kind {self.kind!r} takes a value {limit}, got {self.value}")
+            raise ValueError(
+                f"a budget of kind {self.kind!r} takes a value {limit}, got {self.value}"
+            )
         for name in ("floor", "sink_tokens", "recent"):
             if getattr(self, name) < 0:
                 raise ValueError(f"budget {name} must be at least 0, got {getattr(self, name)}")

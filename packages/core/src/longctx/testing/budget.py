@@ -1,7 +1,7 @@
-"""A tolerance from the data: how wrong may a result be, given what its precision can do?
+"""A tolerance from the data: how wrong a result may be, given what its precision can do.
 
-The error against the fp64 oracle may be at most twice that of an independent computation in the same
-precision, plus one rounding band of the output's dtype.
+The error against the fp64 oracle may be at most twice that of an independent computation in the
+same precision, plus one rounding band of the output's dtype.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def error_budget(actual: Tensor, exact: Tensor, low_precision: Tensor) -> Budget
 def assert_within_budget(
     actual: Tensor, exact: Tensor, low_precision: Tensor, *, name: str = "result"
 ) -> Budget:
-    """Fail with the figures if a result exceeds its `error_budget`; return the budget otherwise."""
+    """Fail with the figures if a result exceeds its `error_budget`; return it otherwise."""
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     budget = error_budget(actual, exact, low_precision)
     assert budget.used <= 1.0, (

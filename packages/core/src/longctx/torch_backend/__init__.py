@@ -1,1 +1,1 @@
-"""The built-in backend: every family in plain PyTorch, on any device; the default without a GPU."""
+"""The built-in backend: every family in plain PyTorch, on any device."""
