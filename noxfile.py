@@ -16,7 +16,7 @@ PACKAGES = [
     f"packages/{name}" for name in ("core", "backend-triton", "backend-cupy", "backend-numba")
 ]
 MODELS = "packages/models[plot,transformers]"
-TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+TEST_TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "sybil>=9")
 DOC_TOOLS = ("sphinx>=8", "furo>=2024.8", "myst-parser>=4", "numpydoc>=1.8")
 
 

@@ -63,9 +63,8 @@ def packed_kernel(q, k, v, *, scale, cu_seqlens_q, cu_seqlens_k, used_k, longest
         if used:
             rows = slice(ends[i], ends[i + 1])
             keys = slice(cu_seqlens_k[i], cu_seqlens_k[i] + used)
-            out[:, rows], lse[:, :, rows] = flash_oracle.flash_attention(
-                q[:, rows], k[:, keys], v[:, keys], scale=scale
-            )
+            wide = (q[:, rows].double(), k[:, keys].double(), v[:, keys].double())
+            out[:, rows], lse[:, :, rows] = flash_oracle.flash_attention(*wide, scale=scale)
     return out, lse
 
 

@@ -114,6 +114,7 @@ BAD = [
     ({"window": (-1, 0)}, ValueError, "window left must be at least 0"),
     ({"window": (0, -2)}, ValueError, "window right must be at least 0"),
     ({"window": (1, 2, 3)}, ValueError, "window must be (left, right)"),
+    ({"window": 5}, ValueError, "window must be (left, right), got 5"),
     ({"softcap": -1.0}, ValueError, "softcap must be finite and at least 0"),
     ({"softcap": math.nan}, ValueError, "softcap must be finite and at least 0"),
     ({"sinks": tensor((3,))}, ValueError, "q and sinks must agree in q_heads, got 4 and 3"),

@@ -101,6 +101,15 @@ def test_a_good_plugin_is_found_with_its_distribution(discover):
         (lambda: plugin(hook="longctx_backend"), ReasonCode.IMPORT_FAILED, "unknown hook"),
         (lambda: plugin(object()), ReasonCode.IMPORT_FAILED, "has no name/protocol"),
         (lambda: plugin(None), ReasonCode.IMPORT_FAILED, "returned None"),
+        (lambda: plugin(info(protocol=())), ReasonCode.IMPORT_FAILED, "it is two integers"),
+        (lambda: plugin(info(protocol=("1", 0))), ReasonCode.IMPORT_FAILED, "it is two integers"),
+        (lambda: plugin(info("Mine")), ReasonCode.IMPORT_FAILED, "names are lower case"),
+        (
+            lambda: plugin(info(missing=None)),
+            ReasonCode.IMPORT_FAILED,
+            "without a callable missing",
+        ),
+        (raises(SystemExit("bye")), ReasonCode.IMPORT_FAILED, "SystemExit: bye"),
     ],
 )
 def test_a_bad_plugin_is_recorded_and_the_others_still_load(discover, load, code, message):
@@ -157,8 +166,31 @@ def test_register_plugin_and_back():
     assert "mine" not in longctx.registry().backends
 
 
+class RaisingBackend:
+    """A backend one of whose answers raises."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def support(self):
+        if self.what == "support":
+            raise RuntimeError("no table today")
+        return flash_table() if self.what != "rows" else {"flash_attention": "yes"}
+
+    def reasons(self, request):
+        if self.what == "reasons":
+            raise RuntimeError("no answer today")
+        return ()
+
+    def primitive(self, name):
+        if self.what == "primitive":
+            raise OSError("no kernel today")
+        return lambda *args, **kwargs: None
+
+
 def flash_table(**changes):
-    return {"flash_attention": longctx.OpSupport(dtypes=frozenset({torch.float32}), **changes)}
+    table = {"dtypes": frozenset({torch.float32}), "devices": frozenset({"cpu"})} | changes
+    return {"flash_attention": longctx.OpSupport(**table)}
 
 
 def unfit(q, k, v):
@@ -169,6 +201,11 @@ def unfit(q, k, v):
     ("load", "message"),
     [
         (raises(OSError("libcudart.so")), "OSError: libcudart.so"),
+        (raises(SystemExit(3)), "SystemExit: 3"),
+        (lambda: RaisingBackend("support"), "no table today"),
+        (lambda: RaisingBackend("rows"), "declares flash_attention by str"),
+        (lambda: RaisingBackend("reasons"), "reasons() raised RuntimeError: no answer today"),
+        (lambda: RaisingBackend("primitive"), "no kernel today"),
         (lambda: object(), "lacks support/reasons/primitive"),
         (
             lambda: longctx.BackendBase({"flash": flash_table()["flash_attention"]}, {}),
@@ -189,10 +226,9 @@ def unfit(q, k, v):
 )
 def test_a_backend_that_cannot_be_used_is_left_out_of_dispatch(discover, load, message):
     discover(FakeEntryPoint("odd", lambda: plugin(info("odd", load=load))))
+    request = {"device": "cpu", "dtype": torch.float32, "q_heads": 1, "kv_heads": 1, "head_dim": 8}
     row = next(
-        c
-        for c in longctx.explain("flash_attention", device="cpu", dtype=torch.float32).candidates
-        if c.backend == "odd"
+        c for c in longctx.explain("flash_attention", **request).candidates if c.backend == "odd"
     )
     assert message in row.reasons[0].message
     q = torch.randn(1, 3, 1, 8)
@@ -208,3 +244,21 @@ def test_what_is_missing_is_asked_before_the_kernels_are_imported(discover):
         )
     )
     assert found.load_backend("odd") == (reason,)
+
+
+def test_a_backend_whose_missing_raises_is_left_out(discover):
+    found = discover(
+        FakeEntryPoint("odd", lambda: plugin(info("odd", missing=raises(OSError("probe failed")))))
+    )
+    (reason,) = found.load_backend("odd")
+    assert "probe failed" in reason.message
+    q = torch.randn(1, 3, 1, 8)
+    assert longctx.flash_attention(q, q, q).shape == q.shape
+
+
+def test_a_known_backend_that_failed_is_not_called_uninstalled(discover):
+    discover(FakeEntryPoint("triton", raises(OSError("libtriton.so: wrong ELF class"))))
+    with pytest.raises(longctx.BackendNotFoundError, match="not usable: OSError: libtriton"):
+        longctx.flash_attention(*[torch.randn(1, 3, 1, 8)] * 3, backend="triton")
+    rows = {c.backend: c for c in longctx.explain("flash_attention", device="cpu").candidates}
+    assert "libtriton.so" in rows["triton"].reasons[0].message

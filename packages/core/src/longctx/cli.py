@@ -36,14 +36,12 @@ def doctor(
     if as_json:
         _print_json(report.as_dict())
         return
-    table = Table("", "", title="environment", show_header=False, title_justify="left")
+    table = _table("", "", title="environment", show_header=False)
     for key, value in report.environment.items():
         table.add_row(key, value)
     _OUT.print(table)
-    table = Table(
-        "backend", "version", "from", "state", "why not, and what to do", title="backends",
-        title_justify="left",
-    )  # fmt: skip
+    columns = ("backend", "version", "from", "state", "why not, and what to do")
+    table = _table(*columns, title="backends")
     for backend in report.backends:
         notes = [f"{r.message}" + (f": {r.hint}" if r.hint else "") for r in backend.reasons]
         if backend.smoke is not None:
@@ -58,7 +56,7 @@ def doctor(
         )
     _OUT.print(table)
     if report.failures:
-        table = Table("plugin", "from", "code", "why it is not used", title="plugins not used")
+        table = _table("plugin", "from", "code", "why it is not used", title="plugins not used")
         for failure in report.failures:
             reason = failure.reason
             hint = f": {reason.hint}" if reason.hint else ""
@@ -91,7 +89,7 @@ def backends(as_json: _JSON = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table(
+    table = _table(
         "backend", "op", "devices", "dtypes", "head dims", "features", "gradient", "prio"
     )
     for row in rows:
@@ -157,7 +155,7 @@ def explain(
     _OUT.print(f"{op} for {explanation.request.describe()}", highlight=False)
     if explanation.asked:
         _OUT.print(f"{explanation.asked} was asked for by {explanation.asked_by}", highlight=False)
-    table = Table("backend", "verdict", "priority", "code", "why not", "what to do")
+    table = _table("backend", "verdict", "priority", "code", "why not", "what to do")
     for candidate in explanation.candidates:
         chosen = candidate.backend == explanation.chosen
         verdict = "[green]chosen[/]" if chosen else "can" if candidate.can_run else "[red]no[/]"
@@ -170,6 +168,14 @@ def explain(
             table.add_row(*first, *tail)
             first = ["", "", ""]
     _OUT.print(table)
+
+
+def _table(*columns: str, title: str | None = None, show_header: bool = True) -> Table:
+    """Return a table that folds long words: a name or command that is cut cannot be used."""
+    table = Table(title=title, title_justify="left", show_header=show_header)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def _print_json(value: object) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from longctx.protocols import attention
 from longctx.protocols.backend import Backend
 from longctx.protocols.families import GRADIENT_PRIMITIVES, OPS
+from longctx.support import OpSupport
 
 __all__ = ["contract_breach"]
 
@@ -21,20 +23,24 @@ _PROTOCOLS = (
 )
 
 
-def contract_breach(backend: Backend) -> str | None:
+def contract_breach(backend: Any) -> str | None:
     """Return the first way in which a backend breaks the protocol, None if it keeps it.
 
     Parameters
     ----------
-    backend : Backend
-        A loaded backend.
+    backend : object
+        What a plugin's ``load()`` returned.
 
     Returns
     -------
     str or None
         One phrase that names the op or primitive.
     """
+    if not isinstance(backend, Backend):
+        return f"load() gave {type(backend).__name__}, which lacks support/reasons/primitive"
     for op, support in backend.support().items():
+        if not isinstance(support, OpSupport):
+            return f"declares {op} by {type(support).__name__} instead of OpSupport"
         if op not in OPS:
             return f"declares support for an unknown op {op!r}"
         present = [name for name in OPS[op] if _primitive(backend, name) is not None]

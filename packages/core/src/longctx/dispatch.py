@@ -156,11 +156,11 @@ def _known(name: str) -> str:
     backends = registry().backends
     if name in backends:
         return name
+    failure = registry().failure_of(name)
+    if failure is not None:
+        raise BackendNotFoundError(f"backend {name!r} is not usable: {failure.reason.message}")
     if name in KNOWN_BACKENDS:
         raise BackendNotFoundError(f"backend {name!r} is not installed: {KNOWN_BACKENDS[name]}")
-    for failure in registry().failures:
-        if failure.source.split(" ")[0] == name:
-            raise BackendNotFoundError(f"backend {name!r} is not usable: {failure.reason.message}")
     raise BackendNotFoundError(f"no backend is called {name!r}: {nearest_name(name, backends)}")
 
 
@@ -184,16 +184,32 @@ def _candidate(name: str, request: OpRequest) -> Candidate:
     reasons = reasons_against(support, request)
     if support is None or reasons:
         return Candidate(name, None, reasons)
-    reasons = tuple(loaded.reasons(request))
+    try:
+        reasons = tuple(loaded.reasons(request))
+    except Exception as error:  # a backend that cannot answer does not take the others down
+        message = f"reasons() raised {type(error).__name__}: {error}"
+        reasons = (Reason(ReasonCode.IMPORT_FAILED, message),)
     return Candidate(name, support.priority_on(request.arch), reasons)
+
+
+def absent_backends() -> dict[str, tuple[Reason, ...]]:
+    """Return why well-known backends, and those that failed to register, are not there."""
+    found = registry()
+    absent: dict[str, tuple[Reason, ...]] = {
+        name: (Reason(ReasonCode.NOT_INSTALLED, "not installed", command),)
+        for name, command in KNOWN_BACKENDS.items()
+        if name not in found.backends
+    }
+    for name in absent:
+        failure = found.failure_of(name)
+        if failure is not None:
+            absent[name] = (failure.reason,)
+    return absent
 
 
 def _explain_request(request: OpRequest, asked: str | None, asked_by: str) -> Explanation:
     candidates = [_candidate(name, request) for name in registry().backends]
-    for name, command in KNOWN_BACKENDS.items():
-        if name not in registry().backends:
-            missing = Reason(ReasonCode.NOT_INSTALLED, "not installed", command)
-            candidates.append(Candidate(name, None, (missing,)))
+    candidates += [Candidate(name, None, reasons) for name, reasons in absent_backends().items()]
     candidates.sort(key=lambda c: (not c.can_run, -(c.priority or 0), c.backend))
     able = [c.backend for c in candidates if c.can_run and (asked is None or c.backend == asked)]
     chosen = able[0] if able else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longctx.dispatch import KNOWN_BACKENDS
+from longctx.dispatch import absent_backends
 from longctx.plugins import PluginFailure, registry
 from longctx.probes import cuda_driver
 from longctx.protocols.version import PROTOCOL_VERSION
@@ -108,10 +108,8 @@ def diagnose(*, smoke: bool = False) -> DoctorReport:
     """
     found = registry()
     reports = [_backend_report(name, smoke) for name in found.backends]
-    for name, command in KNOWN_BACKENDS.items():
-        if name not in found.backends:
-            missing = Reason(ReasonCode.NOT_INSTALLED, "not installed", command)
-            reports.append(BackendReport(name, "", "", "", False, (), (missing,)))
+    for name, reasons in absent_backends().items():
+        reports.append(BackendReport(name, "", "", "", False, (), reasons))
     return DoctorReport(
         environment=_environment(),
         backends=tuple(reports),

@@ -26,6 +26,7 @@ from longctx.protocols.backend import Backend, BackendInfo
 from longctx.protocols.kv_cache import KVCacheInfo
 from longctx.protocols.selector import SelectorInfo
 from longctx.protocols.version import PROTOCOL_VERSION, is_compatible
+from longctx.settings import switched_on
 from longctx.support import Reason, ReasonCode
 
 __all__ = ["PluginFailure", "Registry", "register_plugin", "registry", "reset_registry"]
@@ -47,12 +48,15 @@ class PluginFailure:
         The distribution it came from; empty when it has none.
     reason : Reason
         What went wrong.
+    name : str
+        Name of the refused contribution; empty when the plugin did not get that far.
     """
 
     source: str
     dist: str
     version: str
     reason: Reason
+    name: str = ""
 
 
 @dataclass
@@ -75,28 +79,30 @@ class Registry:
             return self._loaded[name]
 
     def _try_load(self, info: BackendInfo) -> Backend | tuple[Reason, ...]:
-        missing = tuple(info.missing())
-        if missing:
-            return missing
         try:
+            missing = tuple(info.missing())
+            if missing:
+                return missing
             backend: Any = info.load()
-        except Exception as error:  # a plugin may raise anything, OSError of a missing driver too
+            breach = contract_breach(backend)
+        # a plugin may raise anything: OSError of a missing driver, SystemExit of a careless import
+        except (Exception, SystemExit) as error:
             if _strict():
                 raise PluginError(f"backend {info.name!r} failed to load: {error}") from error
             log.warning("backend %s failed to load: %s", info.name, error)
             return (_import_reason(error),)
-        if not isinstance(backend, Backend):
-            what = type(backend).__name__
-            message = f"load() gave {what}, which lacks support/reasons/primitive"
-            return (Reason(ReasonCode.IMPORT_FAILED, message),)
-        breach = contract_breach(backend)
         if breach:
             return (Reason(ReasonCode.IMPORT_FAILED, f"breaks the protocol: {breach}"),)
-        return backend
+        loaded: Backend = backend
+        return loaded
+
+    def failure_of(self, name: str) -> PluginFailure | None:
+        """Return the record of a plugin whose entry point or contribution has this name."""
+        return next((f for f in self.failures if name in (f.source.split(" = ")[0], f.name)), None)
 
 
 def _strict() -> bool:
-    return os.environ.get("LONGCTX_STRICT_PLUGINS", "") not in ("", "0")
+    return switched_on("LONGCTX_STRICT_PLUGINS")
 
 
 _registry: Registry | None = None
@@ -151,7 +157,8 @@ def _discover() -> Registry:
         try:
             plugin = load()
             contributions = _call_hooks(source, plugin)
-        except Exception as error:  # isolation: whatever one plugin raises, the others still load
+        # isolation: whatever one plugin raises, the others still load
+        except (Exception, SystemExit) as error:
             if _strict():
                 raise PluginError(f"plugin {source} failed: {error}") from error
             _fail(found, source, dist, version, _import_reason(error))
@@ -214,13 +221,11 @@ def _call_hooks(source: str, plugin: Any) -> list[tuple[str, Any]]:
 
 def _admit(found: Registry, source: str, dist: str, version: str, kind: str, info: Any) -> None:
     table: dict[str, Any] = getattr(found, kind)
-    protocol = getattr(info, "protocol", None)
-    name = getattr(info, "name", None)
-    if not isinstance(name, str) or not isinstance(protocol, tuple):
-        reason = Reason(
-            ReasonCode.IMPORT_FAILED,
-            f"the {kind} hook returned {info!r}, which has no name/protocol",
-        )
+    name: Any = getattr(info, "name", None)
+    protocol: Any = getattr(info, "protocol", None)
+    flaw = _metadata_flaw(kind, info)
+    if flaw is not None:
+        reason = Reason(ReasonCode.IMPORT_FAILED, f"the {kind} hook returned {flaw}")
     elif not is_compatible(protocol):
         theirs, ours = (".".join(map(str, v)) for v in (protocol, PROTOCOL_VERSION))
         reason = Reason(
@@ -238,15 +243,32 @@ def _admit(found: Registry, source: str, dist: str, version: str, kind: str, inf
         table[name] = info
         found.sources[kind, name] = f"{dist} {version}".strip() or source
         return
-    _fail(found, source, dist, version, reason)
+    _fail(found, source, dist, version, reason, name if isinstance(name, str) else "")
 
 
-def _fail(found: Registry, source: str, dist: str, version: str, reason: Reason) -> None:
+def _metadata_flaw(kind: str, info: Any) -> str | None:
+    """Return what is wrong with the metadata that a hook returned, None if nothing is."""
+    name, protocol = getattr(info, "name", None), getattr(info, "protocol", None)
+    if not isinstance(name, str) or protocol is None:
+        return f"{info!r}, which has no name/protocol"
+    if not name or name != name.lower() or name != name.strip():
+        return f"the name {name!r}: names are lower case, without spaces around them"
+    version = protocol if isinstance(protocol, tuple) else ()
+    if len(version) != 2 or not all(type(part) is int for part in version):
+        return f"the protocol {protocol!r} for {name}: it is two integers, (major, minor)"
+    callables = ("load", "missing") if kind == "backends" else ("load",)
+    absent = [field for field in callables if not callable(getattr(info, field, None))]
+    return f"{name} without a callable {' and '.join(absent)}" if absent else None
+
+
+def _fail(
+    found: Registry, source: str, dist: str, version: str, reason: Reason, name: str = ""
+) -> None:
     log.warning("longctx plugin %s is not used: %s", source, reason.message)
-    found.failures.append(PluginFailure(source, dist, version, reason))
+    found.failures.append(PluginFailure(source, dist, version, reason, name))
 
 
-def _import_reason(error: Exception) -> Reason:
+def _import_reason(error: BaseException) -> Reason:
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = f"pip install {error.name.partition('.')[0]}"

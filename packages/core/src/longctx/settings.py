@@ -1,4 +1,4 @@
-"""The numeric ``LONGCTX_*`` environment variables: names, defaults and bounds in one place.
+"""Reading ``LONGCTX_*`` environment variables: numbers with their defaults and bounds, switches.
 
 They are read at each use, so that a process may change them between calls.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from longctx.errors import nearest_name
 
-__all__ = ["SETTINGS", "Setting", "budget_bytes", "number"]
+__all__ = ["SETTINGS", "Setting", "budget_bytes", "number", "switched_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +80,8 @@ def number(name: str) -> float:
 def budget_bytes(name: str) -> int:
     """Return a setting in MiB as whole bytes."""
     return int(number(name) * 2**20)
+
+
+def switched_on(name: str) -> bool:
+    """Return whether a yes/no variable is set to anything but nothing, 0, false, no or off."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")

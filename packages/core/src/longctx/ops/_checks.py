@@ -7,11 +7,12 @@ Checks that read tensor values would synchronise with a GPU: on CUDA they run on
 from __future__ import annotations
 
 import math
-import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from longctx.settings import switched_on
 
 __all__ = [
     "check_attention_inputs",
@@ -29,7 +30,7 @@ __all__ = [
 
 def values_readable(tensor: Tensor) -> bool:
     """Return whether a check may read the tensor's values."""
-    return tensor.device.type == "cpu" or os.environ.get("LONGCTX_CHECK_VALUES", "") == "1"
+    return tensor.device.type == "cpu" or switched_on("LONGCTX_CHECK_VALUES")
 
 
 def check_axes(name: str, tensor: Tensor, axes: str) -> None:
@@ -115,7 +116,7 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
     """Return the window as ``(left, right)``; raise unless each is None or at least 0."""
     if window is None:
         return None, None
-    if len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be (left, right), got {window!r}")
     for side, size in zip(("left", "right"), window, strict=True):
         if size is not None and size < 0:

@@ -38,7 +38,8 @@ def flash_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Attend, dense or packed, without a word to the host.
 
-    Packed queries may see nothing; in a dense batch every one must see a key.
+    Packed queries may see nothing. In a dense batch every query must see a key, and with more
+    queries than keys a window must have a right side smaller than ``k_len``.
 
     Parameters
     ----------
@@ -72,9 +73,10 @@ def flash_kernel(
     if packed:
         q, k, v = q[0], k[0], v[0]
     longest_q, longest_k = longest or (q.shape[-3], k.shape[-3])
-    if left is not None and right is None:
-        # the kernel takes an open right side for k_len, too few for queries before the first key
-        right = longest_q + longest_k
+    if packed and longest is None:
+        # the kernel takes an open side for this length, and this length for an open side: it must
+        # reach the last key from a query that stands before the first
+        longest_k += longest_q
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q,
         k,

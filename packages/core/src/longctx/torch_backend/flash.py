@@ -157,7 +157,10 @@ def _forward(
         return _empty(q, v)
     right = None if right is not None and shift + right >= k_len - 1 else right
     left = None if left is not None and left >= k_len - 1 else left
-    if flash_kernel_runs(q, v) and not softcap:
+    # queries before the first key: the kernel takes a right side of k_len or more for an open one
+    open_right = right is None or right >= k_len
+    tricky = shift < 0 and open_right and not (left is None and right is None)
+    if flash_kernel_runs(q, v) and not softcap and not tricky:
         square = right == 0 and shift == 0
         if left is None and (right is None or square) and cudnn_chosen(q, k, v, causal=square):
             return cudnn_kernel(q, k, v, causal=square, scale=scale)
