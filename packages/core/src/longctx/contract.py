@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from longctx.protocols import attention
@@ -38,7 +39,8 @@ def contract_breach(backend: Any) -> str | None:
     """
     if not isinstance(backend, Backend):
         return f"load() gave {type(backend).__name__}, which lacks support/reasons/primitive"
-    for op, support in backend.support().items():
+    declared: Mapping[str, Any] = backend.support()
+    for op, support in declared.items():
         if not isinstance(support, OpSupport):
             return f"declares {op} by {type(support).__name__} instead of OpSupport"
         if op not in OPS:

@@ -37,7 +37,6 @@ def tiled_backward(
         torch.zeros(t.shape[0], kv_heads, t.shape[1], t.shape[3], dtype=dtype, device=t.device)
         for t in (k, v)
     )
-    closed_lse = torch.where(lse == -torch.inf, torch.inf, lse)  # an empty row weighs exp(-inf)
     dq5 = torch.unflatten(dq, 2, (kv_heads, -1))
     for step in steps(q, k, band):
         rows = grouped_rows(q, step, kv_heads, dtype) * scale
@@ -46,7 +45,7 @@ def tiled_backward(
             torch.unflatten(t[step.batch, :, step.rows], 0, (kv_heads, -1))[step.heads]
             .flatten(1, 2)
             .unsqueeze(-1)
-            for t in (closed_lse, delta)
+            for t in (lse, delta)
         )
         drows = torch.zeros_like(rows)
         for tile in step.tiles:
@@ -54,7 +53,7 @@ def tiled_backward(
             keys = keys_of(k, step, begin, end, dtype)
             scores = capped(torch.bmm(rows, keys.transpose(1, 2)), softcap)
             weights = torch.exp(scores - row_lse)
-            hide(weights, step, tile, band, 0.0)
+            hide(weights, step, tile, band, 0.0)  # inf too, in rows that see nothing
             dvalues = torch.bmm(douts, keys_of(v, step, begin, end, dtype).transpose(1, 2))
             dscores = dvalues.sub_(row_delta).mul_(weights)
             if softcap:

@@ -39,8 +39,8 @@ def merge_pair(
     (out_a, lse_a), (out_b, lse_b) = first, second
     lse = torch.logaddexp(lse_a, lse_b)
     share_b = torch.exp(lse_b - torch.where(lse == -torch.inf, 0.0, lse))
-    weight = share_b.transpose(1, 2).unsqueeze(-1).to(out_a.dtype)
-    return torch.lerp(out_a, out_b, weight), lse
+    weight = share_b.transpose(1, 2).unsqueeze(-1)
+    return torch.lerp(out_a.to(lse.dtype), out_b.to(lse.dtype), weight).to(out_a.dtype), lse
 
 
 def add_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

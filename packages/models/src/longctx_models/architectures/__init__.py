@@ -1,0 +1,1 @@
+"""Model architectures: plain PyTorch modules that leave attention to the caller."""
