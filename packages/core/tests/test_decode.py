@@ -60,6 +60,7 @@ def packed_kernel(q, k, v, *, scale, cu_seqlens_q, cu_seqlens_k, used_k, longest
     for i, used in enumerate(used_k.tolist()):
         assert ends[i + 1] - ends[i] == longest[0]
         assert used <= longest[1]
+        assert 0 <= cu_seqlens_k[i] <= k.shape[1] - used
         if used:
             rows = slice(ends[i], ends[i + 1])
             keys = slice(cu_seqlens_k[i], cu_seqlens_k[i] + used)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from longctx.torch_backend._gathered import HeadTiles, groups, wide_dtype
+from longctx.torch_backend._merge import merge_pair
 from longctx.torch_backend.flash import flash_forward
 
 __all__ = ["block_sparse_forward", "stripe_sparse_forward", "window_sparse_forward"]
 
 # queries a tile under stripes: an isolated diagonal costs a tile as many keys as it has rows
 STRIPE_TILE = 32
-WINDOW_TILE = 64
 
 
 def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,45 +149,64 @@ def window_sparse_forward(
     last_queries: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(out, lse)``: a window is a run of diagonals, sink tokens are the first columns."""
+    """Return ``(out, lse)``: a sliding window, merged with the sink tokens outside it."""
     out, lse = _empty(q, v)
     k_len, q_heads, kv_heads = k.shape[1], q.shape[2], k.shape[2]
     if k_len == 0:
         return out, lse
-    windows = [window] * q_heads if head_windows is None else head_windows.tolist()
-    group = q_heads // kv_heads
-    shared = [len(set(windows[n : n + group])) == 1 for n in range(0, q_heads, group)]
-    if all(shared):
-        windows = windows[::group]
-    sparse_rows = max(q.shape[1] - last_queries, 0)
-    dense_rows = q.shape[1] - sparse_rows
-    if dense_rows:
-        out[:, sparse_rows:], lse[..., sparse_rows:] = _dense(q[:, sparse_rows:], k, v, scale)
-    limit = k_len - dense_rows
-    if limit <= 0:
+    rows = max(q.shape[1] - last_queries, 0)
+    if rows < q.shape[1]:
+        out[:, rows:], lse[..., rows:] = _flash(q[:, rows:], k, v, scale)
+    limit = k_len - (q.shape[1] - rows)
+    if rows == 0 or limit <= 0:
         return out, lse
-    places = torch.arange(limit, device=q.device)
-    for _, h, tiles in _head_sets(
-        q[:, :sparse_rows],
-        k[:, :limit],
-        v[:, :limit],
-        out[:, :sparse_rows],
-        lse[..., :sparse_rows],
-        plan_heads=len(windows),
-        size=WINDOW_TILE,
-        scale=scale,
-    ):
-        _attend_stripes(tiles, places < sink_tokens, places <= windows[h])
+    q, k, v = q[:, :rows], k[:, :limit], v[:, :limit]
+    if head_windows is None:
+        out[:, :rows], lse[..., :rows] = _window_with_sinks(q, k, v, window, sink_tokens, scale)
+        return out, lse
+    group = q_heads // kv_heads
+    for head, reach in enumerate(head_windows.tolist()):
+        one, kv = slice(head, head + 1), slice(head // group, head // group + 1)
+        out[:, :rows, one], lse[:, one, :rows] = _window_with_sinks(
+            q[:, :, one], k[:, :, kv], v[:, :, kv], reach, sink_tokens, scale
+        )
     return out, lse
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _window_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sink_tokens: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend ``p - j <= window``, and ``j < sink_tokens`` where the window does not reach it."""
+    out, lse = _flash(q, k, v, scale, window=window)
+    sinks, first = min(sink_tokens, k.shape[1]), k.shape[1] - q.shape[1]
+    # the query at p sees the sinks j < p - window besides: none, then more and more, then all
+    some = min(max(window + 1 - first, 0), q.shape[1])
+    every = min(max(window + sinks - first, some), q.shape[1])
+    if sinks == 0 or some == q.shape[1]:
+        return out, lse
+    for start, stop, keys in ((some, every, first + every - 1 - window), (every, None, sinks)):
+        rows = slice(start, stop)
+        if q[:, rows].shape[1]:
+            part = _flash(q[:, rows], k[:, :keys], v[:, :keys], scale, causal=stop is not None)
+            out[:, rows], lse[..., rows] = merge_pair((out[:, rows], lse[..., rows]), part)
+    return out, lse
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
     return flash_forward(
         q,
         k,
         v,
-        causal=True,
-        window_left=None,
+        causal=causal,
+        window_left=window,
         window_right=None,
         softcap=0.0,
         sinks=None,
