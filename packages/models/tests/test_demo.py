@@ -20,7 +20,7 @@ from longctx_models.plotting import heat_map
 
 @pytest.fixture(scope="module")
 def llm():
-    return LongContextLLM.load("needle-small", device="cpu")
+    return LongContextLLM.load("needle", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_generate_answers_a_question_about_a_file(capsys, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(plant(read_text(None), FACTS[:2], [0.3, 0.6], 1500))
     code, out, err = run_command(
-        capsys, "generate", "needle-small", "--prompt-file", str(path),
+        capsys, "generate", "needle", "--prompt-file", str(path),
         "--question", "What is Alice's locker code?", "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
@@ -188,7 +188,7 @@ def test_generate_answers_a_question_about_a_file(capsys, tmp_path):
 
 def test_generate_json(capsys):
     code, out, _ = run_command(
-        capsys, "generate", "needle-small", "--prompt", "Alice's locker code is 4821.\n",
+        capsys, "generate", "needle", "--prompt", "Alice's locker code is 4821.\n",
         "--question", "What is Alice's locker code?", "--json", "--device", "cpu",
     )  # fmt: skip
     assert code == 0
@@ -200,14 +200,14 @@ def test_generate_json(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "needle-small"), "give the text by --prompt or by --prompt-file"),
+        (("generate", "needle"), "give the text by --prompt or by --prompt-file"),
         (("generate", "neddle", "--prompt", "x"), "did you mean 'needle'"),
-        (("generate", "needle-small", "--prompt-file", "no-such-file"), "no-such-file"),
-        (("generate", "needle-small", "--prompt", "x", "--method", "stra"), "did you mean 'star'"),
+        (("generate", "needle", "--prompt-file", "no-such-file"), "no-such-file"),
+        (("generate", "needle", "--prompt", "x", "--method", "stra"), "did you mean 'star'"),
         (
             (
                 "generate",
-                "needle-small",
+                "needle",
                 "--prompt",
                 "x",
                 "--method",
@@ -218,19 +218,19 @@ def test_generate_json(capsys):
             "did you mean 'block_size'",
         ),
         (
-            ("generate", "needle-small", "--prompt", "x", "--option", "block"),
+            ("generate", "needle", "--prompt", "x", "--option", "block"),
             "a method's option is name=value",
         ),
-        (("generate", "needle-small", "--prompt", "x", "--dtype", "fp33"), "did you mean 'fp32'"),
+        (("generate", "needle", "--prompt", "x", "--dtype", "fp33"), "did you mean 'fp32'"),
         (
-            ("generate", "needle-small", "--prompt", "x", "--backend", "trch"),
+            ("generate", "needle", "--prompt", "x", "--backend", "trch"),
             "did you mean 'torch'",
         ),
-        (("generate", "needle-small", "--prompt", "x", "--cache", "page"), "did you mean 'paged'"),
-        (("generate", "needle-small", "--prompt", "x", "--temperature", "nan"), "temperature"),
-        (("generate", "needle-small", "--prompt", "x" * 200_000), "the model is made for"),
-        (("demo", "--model", "needle-small", "--length", "4M"), "lengths are numbers"),
-        (("demo", "--model", "needle-small", "--text", "no-such-file"), "no-such-file"),
+        (("generate", "needle", "--prompt", "x", "--cache", "page"), "did you mean 'paged'"),
+        (("generate", "needle", "--prompt", "x", "--temperature", "nan"), "temperature"),
+        (("generate", "needle", "--prompt", "x" * 200_000), "the model is made for"),
+        (("demo", "--model", "needle", "--length", "4M"), "lengths are numbers"),
+        (("demo", "--model", "needle", "--text", "no-such-file"), "no-such-file"),
     ],
 )
 def test_bad_commands_are_one_sentence_and_exit_code_2(capsys, arguments, message):
@@ -246,7 +246,7 @@ def test_the_demo_command_writes_table_and_picture(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(cli, "Console", lambda: Console(width=160))
     path = tmp_path / "map.png"
     code, out, err = run_command(
-        capsys, "demo", "--model", "needle-small", "--length", "1K", "--method", "dense",
+        capsys, "demo", "--model", "needle", "--length", "1K", "--method", "dense",
         "--plot", str(path), "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err

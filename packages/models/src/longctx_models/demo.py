@@ -36,7 +36,8 @@ DEFAULT_METHODS = ("dense", "a-shape", "star", "token-sparse", "streaming-llm")
 BUNDLED_TEXT = Path(__file__).parent / "data" / "jargon_file.txt"
 MAX_ANSWER_TOKENS = 48
 
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+DEPTHS = (0.1, 0.3, 0.45, 0.7, 0.9)
+"""Not at a quarter or a half: star's blocks end there, and it loses a fact that a border cuts."""
 FACTS = (
     Fact(
         "The wifi password of the blue house is hunter27.",

@@ -121,9 +121,9 @@ PRESETS: dict[str, Preset] = {
         model=ModelConfig(layers=5, width=128, mlp_width=256, max_positions=16384),
         curriculum=Curriculum(
             lengths=(512, 1024, 2048, 4096, 8192, 16384),
-            weights=(1, 1.5, 2, 2, 3, 1.5),
-            earliest=(0, 0, 0, 0, 0, 0.3),
-            mixed_from=4096,
+            weights=(1, 1, 1.5, 2, 3, 1.5),
+            earliest=(0, 0, 0, 0, 0, 0),
+            mixed_from=16384,
         ),
     ),
     "smoke": Preset(

@@ -35,6 +35,7 @@ _SKIPPED_FOLDERS = {"encodings", "idlelib", "pydoc_data", "site-packages", "test
 # shorter ones are headings and idioms that any technical prose shares.
 _SHARED_LINE_LENGTH = 32
 _FUNCTION_WORDS = 150
+_CONTINUATION = bytes(range(0x80, 0xC0))
 
 Cutter = Callable[[random.Random, int], bytes]
 
@@ -76,9 +77,16 @@ def cut_from(text: bytes) -> Cutter:
         window = text[start : start + length]
         while len(window) < length:
             window += text[: length - len(window)]
-        return window
+        return _without_halves(window)
 
     return cutter
+
+
+def _without_halves(window: bytes) -> bytes:
+    """Put spaces where a cut left half of a UTF-8 character at either end."""
+    whole = window.lstrip(_CONTINUATION)
+    kept = whole.decode("utf-8", "ignore").encode()
+    return b" " * (len(window) - len(whole)) + kept + b" " * (len(whole) - len(kept))
 
 
 def random_sentences(words: tuple[str, ...]) -> Cutter:
@@ -113,7 +121,7 @@ def random_scripts(rng: random.Random, length: int) -> bytes:
         word = (foreign_word(rng) + rng.choice((" ", " ", " ", ". ", "\n"))).encode()
         words.append(word)
         size += len(word)
-    return b"".join(words)[:length]
+    return _without_halves(b"".join(words)[:length])
 
 
 @cache
