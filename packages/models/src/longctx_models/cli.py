@@ -59,7 +59,8 @@ def generate(
     from longctx_models.methods import make_method
 
     text = _prompt_text(prompt, prompt_file)
-    chosen = make_method(method, **_method_options(option))
+    options = _method_options(option)
+    make_method(method, **options)  # a bad name or option is refused before the weights are read
     llm = load_with_progress(
         model, backend=backend, device=device, dtype=dtype, cache=cache,
         prefill_chunk=prefill_chunk,
@@ -75,7 +76,7 @@ def generate(
             top_p=top_p,
             stop=stop or (),
             seed=seed,
-            method=chosen,
+            method=llm.make_method(method, **options),
             on_prefill=on_prefill,
         )
         first = next(stream, "")
@@ -123,10 +124,13 @@ def demo(
     from longctx_models.demo import DEFAULT_METHODS, Demo, parse_lengths, read_text
     from longctx_models.methods import make_method
 
-    methods = [make_method(name) for name in method or DEFAULT_METHODS]
+    names = method or DEFAULT_METHODS
+    for name in names:
+        make_method(name)
     lengths = parse_lengths(length)
     source = read_text(text)
     llm = load_with_progress(model, backend=backend, device=device, dtype=dtype)
+    methods = [llm.make_method(name) for name in names]
     run = Demo(llm, source, methods=methods, lengths=lengths, questions=tuple(question or ()))
     with progress_bar("demo") as on_step:
         report = run.run(on_step)

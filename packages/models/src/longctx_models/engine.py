@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from longctx_models.architectures.llama import Decoder, Observe
 from longctx_models.caches import cache_factory
 from longctx_models.generation import DecodeLoop, Generation, TextStream
 from longctx_models.kernels import Kernels
-from longctx_models.loading import load_config, load_model, resolve_checkpoint
+from longctx_models.loading import (
+    load_config,
+    load_method_defaults,
+    load_model,
+    resolve_checkpoint,
+)
 from longctx_models.methods import Method, make_method
 from longctx_models.reading import Reading
 from longctx_models.run import Progress, Prompt, PromptRun
@@ -47,6 +52,8 @@ class LongContextLLM:
         read it in one piece whatever is said here.
     max_positions : int, optional
         Longest sequence; default: what the checkpoint is made for.
+    method_defaults : mapping, optional
+        Options by method name that suit the checkpoint (its ``longctx.json``).
 
     Examples
     --------
@@ -66,10 +73,12 @@ class LongContextLLM:
         cache: str = "contiguous",
         prefill_chunk: int | None = None,
         max_positions: int | None = None,
+        method_defaults: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model, self.kernels, self.tokenizer = model, kernels, tokenizer
         self.config = model.config
-        self.method = make_method(method)
+        self.method_defaults = method_defaults or {}
+        self.method = self.make_method(method)
         self.cache = cache
         self._new_cache = cache_factory(cache)
         self.device, self.dtype = model.embedding.device, model.embedding.dtype
@@ -130,7 +139,8 @@ class LongContextLLM:
         """
         folder = resolve_checkpoint(path)
         config = load_config(folder)
-        chosen_method = make_method(method)
+        defaults = load_method_defaults(folder)
+        make_method(method)  # an unknown name is refused before the weights are read
         cache_factory(cache)
         texts = TextTokenizer.load(folder) if tokenizer == "auto" else tokenizer
         if isinstance(texts, str):
@@ -144,11 +154,25 @@ class LongContextLLM:
             model,
             kernels,
             texts,
-            method=chosen_method,
+            method=method,
             cache=cache,
             prefill_chunk=prefill_chunk,
             max_positions=max_positions,
+            method_defaults=defaults,
         )
+
+    def make_method(self, method: str | Method, /, **options: Any) -> Method:
+        """Return a method by name, with the options that the checkpoint states for it.
+
+        Parameters
+        ----------
+        method : str or Method
+            As in `longctx_models.make_method`.
+        **options
+            Options of the caller's; they win over the checkpoint's.
+        """
+        stated = self.method_defaults.get(method, {}) if isinstance(method, str) else {}
+        return make_method(method, **{**stated, **options})
 
     def generate(
         self,
@@ -231,7 +255,7 @@ class LongContextLLM:
         """
         return self._open(
             self.prompt(prompt, query),
-            self.method if method is None else make_method(method),
+            self.method if method is None else self.make_method(method),
             max_new_tokens=max_new_tokens,
             options=SamplingOptions(temperature, top_k, top_p, seed),
             stop=stop,
@@ -262,7 +286,7 @@ class LongContextLLM:
         ValueError
             If the context is empty or too long.
         """
-        chosen = self.method if method is None else make_method(method)
+        chosen = self.method if method is None else self.make_method(method)
         return Reading(self, self.prompt(context, query=()), chosen, room, on_prefill)
 
     def _open(
@@ -347,7 +371,7 @@ class LongContextLLM:
         observe : callable, optional
             Sees the residual stream around every layer, such as a `DriftMeter`.
         """
-        chosen = self.method if method is None else make_method(method)
+        chosen = self.method if method is None else self.make_method(method)
         return self._run(self.prompt(prompt, query), chosen, 1).prefill(observe=observe)
 
     def _run(

@@ -21,7 +21,13 @@ from longctx_models.architectures.config import ModelConfig, token_ids
 from longctx_models.architectures.llama import Decoder
 from longctx_models.architectures.weights import destinations, may_be_ignored
 
-__all__ = ["load_config", "load_model", "packaged_checkpoints", "resolve_checkpoint"]
+__all__ = [
+    "load_config",
+    "load_method_defaults",
+    "load_model",
+    "packaged_checkpoints",
+    "resolve_checkpoint",
+]
 
 _PACKAGED = Path(__file__).parent / "checkpoints"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,6 +87,25 @@ def load_config(folder: Path) -> ModelConfig:
     # it wins, as in transformers: chat models add their end-of-turn token there
     eos = token_ids(_read_json(generation).get("eos_token_id"))
     return replace(config, eos_ids=eos) if eos else config
+
+
+def load_method_defaults(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Read ``longctx.json``, which may state the options of methods that suit the checkpoint.
+
+    ``{"methods": {"token-sparse": {"layers": "5"}}}`` is one; without the file nothing is stated.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged or of another form.
+    """
+    path = folder / "longctx.json"
+    if not path.is_file():
+        return {}
+    methods = _read_json(path).get("methods")
+    if not isinstance(methods, dict) or not all(isinstance(m, dict) for m in methods.values()):
+        raise CheckpointError(f"{path} must hold {{'methods': {{name: {{option: value}}}}}}")
+    return methods
 
 
 def load_model(
