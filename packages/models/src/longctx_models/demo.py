@@ -144,16 +144,10 @@ class Report:
             )
         console.print(answers)
         table = Table(title="methods")
-        for name in (
-            "length",
-            "method",
-            "correct",
-            "density",
-            "prefill s",
-            "decode tok/s",
-            "peak",
-        ):
-            table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column("length", justify="right", no_wrap=True)
+        table.add_column("method", no_wrap=True, min_width=len("streaming-llm"))
+        for name in ("correct", "density", "prefill s", "decode tok/s", "peak"):
+            table.add_column(name, justify="right", overflow="fold")
         for row in self.rows:
             known = [answer for answer in row.answers if answer.right is not None]
             table.add_row(
