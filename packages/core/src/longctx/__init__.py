@@ -2,7 +2,7 @@
 
 from longctx.backend_base import BackendBase
 from longctx.binding import bind
-from longctx.dispatch import Candidate, Explanation, explain, use
+from longctx.dispatch import explain, use
 from longctx.errors import (
     BackendNotFoundError,
     CheckpointError,
@@ -10,6 +10,7 @@ from longctx.errors import (
     PluginError,
     UnsupportedError,
 )
+from longctx.explanation import Candidate, Explanation
 from longctx.hookspecs import hookimpl
 from longctx.ops.block_sparse import block_sparse_attention, block_sparse_attention_with_lse
 from longctx.ops.decode import decode_attention, decode_attention_with_lse, merge_attention
