@@ -7,7 +7,8 @@ registers each family once (schema, fake, gradient) and hands the tensors over. 
 primitive:
 
 - any strides with a unit last stride come in; outputs are freshly allocated and contiguous;
-- ``lse`` is fp32, natural log, ``[B, Hq, Sq]``; an empty row gives out 0 and lse -inf;
+- ``lse`` is fp32 (fp64 for fp64 inputs), natural log, ``[B, Hq, Sq]``; an empty row gives out 0
+  and lse -inf;
 - causality and windows are aligned bottom-right: query ``i`` stands at ``i + Sk - Sq``;
 - ``sinks`` ``[Hq]`` fp32 are learned logits in the softmax denominator alone (and ``lse``);
 - arguments were checked by core: a primitive may trust ranks, sizes and dtypes.
@@ -110,7 +111,11 @@ class FlashAttention(Protocol):
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return ``(dq, dk, dv, dsinks)``; ``dsinks`` is None when ``sinks`` is."""
+        """Return ``(dq, dk, dv, dsinks)``; ``dsinks`` is None when ``sinks`` is.
+
+        ``dout`` comes with a unit last stride; ``dlse`` is contiguous, or None when nobody used
+        ``lse``.
+        """
         ...
 
 
