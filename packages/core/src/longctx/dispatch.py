@@ -20,7 +20,7 @@ import torch
 
 from longctx.errors import BackendNotFoundError, UnsupportedError, nearest_name
 from longctx.explanation import Candidate, Explanation
-from longctx.plugins import registry
+from longctx.plugins import on_reset, registry
 from longctx.protocols.backend import Backend
 from longctx.protocols.families import OPS
 from longctx.support import OpRequest, Reason, ReasonCode, reasons_against
@@ -172,6 +172,9 @@ def forget_choices() -> None:
     _choose_cached.cache_clear()
     _log_choice.cache_clear()
     primitive.cache_clear()
+
+
+on_reset(forget_choices)
 
 
 @functools.lru_cache(maxsize=64)

@@ -108,6 +108,7 @@ def _strict() -> bool:
 _registry: Registry | None = None
 _registry_lock = threading.RLock()
 _extra_plugins: list[tuple[str, Any]] = []
+_on_reset: list[Callable[[], None]] = []
 
 
 def registry() -> Registry:
@@ -123,11 +124,15 @@ def registry() -> Registry:
 def reset_registry() -> None:
     """Forget everything discovered, so that the next use looks again (for tests and notebooks)."""
     global _registry
-    from longctx import dispatch
-
     with _registry_lock:
         _registry = None
-        dispatch.forget_choices()
+        for forget in _on_reset:
+            forget()
+
+
+def on_reset(forget: Callable[[], None]) -> None:
+    """Call ``forget`` whenever the registry is reset: for what is derived from it."""
+    _on_reset.append(forget)
 
 
 def register_plugin(plugin: Any, *, name: str | None = None) -> None:
