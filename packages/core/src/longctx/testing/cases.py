@@ -1,4 +1,4 @@
-"""One case an op: inputs, the call of the public function, and the oracle's answer."""
+"""Ready-made cases, at least one an op: inputs, the public call, and the oracle's answer."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class Case:
         Optional features that the call uses.
     keep_fp32 : frozenset of str
         Inputs that are not cast to the tested dtype.
+    fp32_only : bool
+        Whether the op takes nothing else, so that the case exists in fp32 alone.
+    capturable : bool
+        Whether the call itself, its plan included, is free of copies from the host.
     """
 
     op: str
@@ -44,6 +48,8 @@ class Case:
     oracle: Callable[..., tuple[Tensor, ...]]
     features: tuple[str, ...] = ()
     keep_fp32: frozenset[str] = field(default_factory=frozenset)
+    fp32_only: bool = False
+    capturable: bool = True
 
     @property
     def id(self) -> str:
@@ -311,6 +317,7 @@ CASES = [
             .double(),
         ),
         keep_fp32=frozenset({"scores"}),
+        fp32_only=True,
     ),
     Case(
         "token_sparse_attention",
@@ -325,7 +332,9 @@ CASES = [
 ]
 
 
-def cast(case: Case, made: Mapping[str, Any], device: str, dtype: torch.dtype) -> Tensors:
+def cast(
+    case: Case, made: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype
+) -> Tensors:
     """Return the inputs on a device, floating ones in a dtype unless the case keeps them fp32."""
 
     def one(name: str, tensor: Tensor) -> Tensor:
