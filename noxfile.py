@@ -58,17 +58,25 @@ def parity(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Build third-party plugins as wheels and use them beside core in a fresh environment."""
+    """Run the kit on the plugin template as a wheel, alone and beside a broken plugin."""
     session.install("build", "setuptools>=77", "wheel")
     wheels = Path(session.create_tmp()) / "wheels"
-    for source in ("packages/core", "tests/plugins/good_plugin", "tests/plugins/broken_plugin"):
+    template, broken = "docs/plugin-template", "tests/plugins/broken_plugin"
+    for source in ("packages/core", template, broken):
         session.run(
             "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), source,
             silent=True,
         )  # fmt: skip
-    install(session, "--force-reinstall", "--no-deps", *map(str, sorted(wheels.glob("*.whl"))))
+    session.run("pip", "uninstall", "--yes", "longctx-broken-plugin", silent=True)
+    built = {path.name.split("-")[0]: str(path) for path in sorted(wheels.glob("*.whl"))}
+    broken_wheel = built.pop("longctx_broken_plugin")
+    install(session, "--force-reinstall", "--no-deps", *built.values())
     install(session, "--find-links", str(wheels), "longctx-core", *TEST_TOOLS)
-    session.run("pytest", "tests/install/third_party.py", *session.posargs)
+    suite = ("pytest", "-c", f"{template}/pyproject.toml", f"{template}/tests")
+    session.run(*suite, *session.posargs)
+    install(session, "--force-reinstall", "--no-deps", broken_wheel)
+    session.run(*suite, "-q", *session.posargs)
+    session.run("pytest", "tests/install/third_party.py")
 
 
 @nox.session

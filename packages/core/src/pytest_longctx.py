@@ -80,6 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.longctx_seed = secrets.randbelow(2**31)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse a backend that does not exist, or that ends the process, before anything runs."""
+    if session.config.getoption("longctx_backend"):
+        _session(session.config)
+
+
 def _session(config: pytest.Config) -> KitSession:
     if _SESSION not in config.stash:
         from longctx.testing.session import KitSession

@@ -133,6 +133,12 @@ def absent_backends() -> dict[str, tuple[Reason, ...]]:
 def _explain_request(request: OpRequest, asked: str | None, asked_by: str) -> Explanation:
     candidates = [_candidate(name, request) for name in registry().backends]
     candidates += [Candidate(name, None, reasons) for name, reasons in absent_backends().items()]
+    return _explanation(request, asked, asked_by, candidates)
+
+
+def _explanation(
+    request: OpRequest, asked: str | None, asked_by: str, candidates: list[Candidate]
+) -> Explanation:
     candidates.sort(key=lambda c: (not c.can_run, -(c.priority or 0), c.backend))
     able = [c.backend for c in candidates if c.can_run and (asked is None or c.backend == asked)]
     chosen = able[0] if able else None
@@ -154,7 +160,10 @@ def explain_refusal(explanation: Explanation) -> UnsupportedError:
 
 @functools.lru_cache(maxsize=4096)
 def _choose_cached(request: OpRequest, asked: str | None, asked_by: str) -> str:
-    explanation = _explain_request(request, asked, asked_by)
+    if asked is None:
+        explanation = _explain_request(request, asked, asked_by)
+    else:  # the others are not loaded: one that hangs or crashes does no harm here
+        explanation = _explanation(request, asked, asked_by, [_candidate(asked, request)])
     if explanation.chosen is None:
         raise explain_refusal(explanation)
     if asked is None:

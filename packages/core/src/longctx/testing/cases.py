@@ -151,12 +151,12 @@ def step_oracle(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the oracle's output and state; the state's precision is the step's."""
-    token = (t[:, 0].to(state.dtype) for t in (q, k, v))
-    out, state = lightning.lightning_decode(*token, state, log_decay)
+    q, k, v = (t[:, 0].to(state.dtype) for t in (q, k, v))
+    out, state = lightning.lightning_decode(q, k, v, state, log_decay)
     return out.unsqueeze(1), state
 
 
-def state_precision(initial_state: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+def state_precision(initial_state: Tensor, **inputs: Tensor) -> dict[str, Any]:
     """Return lightning inputs in the precision of the carried state, which is fp32 or better."""
     wide = {name: tensor.to(initial_state.dtype) for name, tensor in inputs.items()}
     return {**wide, "initial_state": initial_state}

@@ -16,6 +16,8 @@ __all__ = ["ChildLog", "IsolatedGroups", "option_arguments"]
 
 _PASSED_ON = ("device", "max_length", "seed", "xfails")
 _GROUP_SECONDS = 3600
+_MOST_CRASHES = 2
+"""Of one op; every crash costs a new process, and the tests after it say that they were left."""
 
 
 def option_arguments(config: pytest.Config) -> list[str]:
@@ -36,16 +38,16 @@ class ChildLog:
     Parameters
     ----------
     path : str
-        File to append to; flushed line by line, so that it survives a crash.
+        File to append to; closed after every line, so that it survives a crash.
     """
 
     def __init__(self, path: str) -> None:
-        self._file = Path(path).open("a", encoding="utf-8")
+        self._path = Path(path)
 
     def write(self, **entry: Any) -> None:
         """Append one line."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 class IsolatedGroups:
@@ -68,9 +70,10 @@ class IsolatedGroups:
         return self._reports[item.nodeid]
 
     def _run(self, group: Sequence[pytest.Item]) -> None:
-        """Run a group; after a crash, go on behind the test that crashed."""
+        """Run a group; after a crash, go on behind the test that crashed, a few times."""
         left = list(group)
-        while left:
+        status = ""
+        for _ in range(_MOST_CRASHES):
             started, found, status = self._child(left)
             self._reports.update(found)
             # a child that stops between tests, or before the first, is held against the next one
@@ -79,8 +82,12 @@ class IsolatedGroups:
             if not remaining:
                 return
             victim = next((i for i in remaining if i.nodeid == crashed), remaining[0])
-            self._reports[victim.nodeid] = [_crash_report(victim, status)]
+            why = "in this test"
+            self._reports[victim.nodeid] = [_crash_report(victim, status, why)]
             left = [item for item in remaining if item is not victim]
+        for item in left:
+            why = f"{_MOST_CRASHES} times in other tests of this op; this one was not run"
+            self._reports[item.nodeid] = [_crash_report(item, status, why)]
 
     def _child(
         self, items: Sequence[pytest.Item]
@@ -110,7 +117,8 @@ class IsolatedGroups:
                 status, output = f"no end within {_GROUP_SECONDS} s", ""
             entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         nodeids = {_rest(address): nodeid for address, nodeid in by_address.items()}
-        started, reports = [], {}
+        started: list[str] = []
+        reports: dict[str, list[pytest.TestReport]] = {}
         for entry in entries:
             nodeid = nodeids.get(_rest(entry["nodeid"]), entry["nodeid"])
             if entry["event"] == "start":
@@ -121,9 +129,13 @@ class IsolatedGroups:
                 config=self.config, data=entry["report"]
             )
             report.nodeid = nodeid
+            if isinstance(report.longrepr, list):  # JSON has no tuples; pytest wants one here
+                report.longrepr = tuple(report.longrepr)
             reports[nodeid].append(report)
         # without a teardown a test was cut off in the middle
-        whole = {n: found for n, found in reports.items() if any(r.when == "teardown" for r in found)}
+        whole = {
+            n: found for n, found in reports.items() if any(r.when == "teardown" for r in found)
+        }
         return started, whole, f"{status}\n{output[-4000:]}"
 
 
@@ -136,14 +148,14 @@ def _rest(nodeid: str) -> str:
     return nodeid.split("::", 1)[-1]
 
 
-def _crash_report(item: pytest.Item, status: str) -> pytest.TestReport:
+def _crash_report(item: pytest.Item, status: str, why: str) -> pytest.TestReport:
     first, _, output = status.partition("\n")
     return pytest.TestReport(
         nodeid=item.nodeid,
         location=item.location,
         keywords={},
         outcome="failed",
-        longrepr=f"the backend ended the interpreter ({first}) in this test\n{output}",
+        longrepr=f"the backend ended the interpreter ({first}) {why}\n{output}",
         when="call",
         user_properties=list(item.user_properties),
     )

@@ -54,7 +54,7 @@ def choose_backends(asked: Sequence[str]) -> tuple[Chosen, ...]:
         if name not in installed:
             with longctx.use(name):  # raises with the nearest name or the install command
                 raise AssertionError("an unknown backend was accepted")
-    chosen = [_load(name) for name in (asked or installed)]
+    chosen = [_load(name) for name in dict.fromkeys(asked or installed)]
     return tuple(one for one in chosen if asked or one.loaded is not None)
 
 

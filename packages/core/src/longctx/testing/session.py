@@ -14,6 +14,8 @@ import torch
 
 import longctx
 from longctx.probes import cuda_driver
+from longctx.protocols.backend import Backend
+from longctx.protocols.families import OPS
 from longctx.support import DTYPES, dtype_name
 from longctx.testing.cases import CASES, Case
 from longctx.testing.isolation import ChildLog, IsolatedGroups
@@ -119,7 +121,9 @@ class KitSession:
         """Return the lines of the report's header."""
         found = self.environment()
         backends = ", ".join(f"{name} {version}" for name, version in found["backends"].items())
-        where = f"gpu {found['gpu']}, driver for CUDA {found['driver']}" if found["gpu"] else "no gpu"
+        where = (
+            f"gpu {found['gpu']}, driver for CUDA {found['driver']}" if found["gpu"] else "no gpu"
+        )
         lines = [
             f"longctx: core {found['longctx-core']}, protocol {found['protocol']}, "
             f"torch {found['torch']}, {where}, seed {found['seed']}",
@@ -159,7 +163,9 @@ class KitSession:
                 made += self._case_parameters(chosen, op, dtypes, declared)
                 continue
             found = dtypes_for(chosen.loaded, op, dtypes) if chosen.loaded else []
-            made += [Parameter(chosen, op, dtype) for dtype in found or [None]]
+            made += [Parameter(chosen, op, dtype) for dtype in found]
+            if not found:
+                made.append(Parameter(chosen, op, None))
         return [pytest.param(parameter, id=parameter.id) for parameter in made]
 
     @staticmethod
@@ -171,6 +177,10 @@ class KitSession:
             if op not in ("*", case.op) or chosen.loaded is None:
                 continue
             support = chosen.loaded.support().get(case.op)
+            if support is None and not _has_primitive(chosen.loaded, case.op):
+                if not declared:  # so that the op has its row in the table
+                    made.append(Parameter(chosen, case.op, None, case, declared))
+                continue
             for name in dtypes:
                 fits = (
                     support is not None
@@ -222,7 +232,7 @@ class KitSession:
             "error": 0.0,
             "used": 0.0,
         }
-        item.user_properties.append((PROPERTY, entry))  # type: ignore[arg-type]
+        item.user_properties.append((PROPERTY, entry))
         return entry
 
     def apply_xfails(self, items: Sequence[pytest.Item]) -> None:
@@ -273,6 +283,8 @@ class KitSession:
         return True
 
     def _is_isolated(self, parameter: Parameter) -> bool:
+        if parameter.dtype is None:
+            return False  # nothing of the backend runs
         wanted = self.config.option.longctx_isolate
         if wanted != "auto":
             return bool(wanted == "always")
@@ -299,11 +311,23 @@ class KitSession:
         if not self.table.cells:
             return
         reporter.section("longctx conformance: op x data type")
+        for line in self.header():
+            reporter.write_line(line)
         for line in self.table.lines():
             reporter.write_line(line)
         if path := self.config.option.longctx_json:
             content = {"environment": self.environment(), **self.table.as_dict()}
             Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _has_primitive(backend: Backend, op: str) -> bool:
+    for name in OPS[op]:
+        try:
+            backend.primitive(name)
+        except KeyError:
+            continue
+        return True
+    return False
 
 
 def _parameter(item: pytest.Item) -> Parameter | None:
@@ -319,5 +343,3 @@ def _names(wanted: str, nodeid: str) -> bool:
         candidate == wanted or candidate.startswith((f"{wanted}::", f"{wanted}["))
         for candidate in (nodeid, rest, nodeid.rsplit("/", 1)[-1])
     )
-
-

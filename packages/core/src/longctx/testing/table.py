@@ -77,7 +77,7 @@ class ConformanceTable:
             cell.xfailed += 1
         elif _SURPLUS in reason:
             cell.undeclared += 1
-            self.surplus.append(f"{found['backend']}: {reason.removeprefix('Skipped: ')}")
+            self.surplus.append(f"{found['backend']}: {reason.partition(f'{_SURPLUS}: ')[2]}")
         elif _UNDECLARED in reason:
             cell.undeclared += 1
         else:
@@ -108,7 +108,7 @@ class ConformanceTable:
                 measured = f"{error:9.2e}  {used:5.0%}" if error or used else ""
                 yield f"{op:<25}" + "".join(f"{text:<24}" for text in texts) + measured
         for line in sorted(set(self.surplus)):
-            yield f"runs but is not declared: {line}"
+            yield f"{_SURPLUS}: {line}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the table as JSON-ready values."""

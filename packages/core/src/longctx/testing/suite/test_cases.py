@@ -20,11 +20,13 @@ _RUNS = 20
 _CAPTURE_WARM_UPS = 3
 
 
-@pytest.fixture
-def case(subject: Subject) -> Case:
-    """Return the ready-made case of the test."""
-    assert subject.case is not None
-    return subject.case
+class _WithCase:
+    # a fixture of the class, so that it travels with the class into a third party's test file
+    @pytest.fixture
+    def case(self, subject: Subject) -> Case:
+        """Return the ready-made case of the test."""
+        assert subject.case is not None
+        return subject.case
 
 
 def _made(subject: Subject, case: Case) -> Tensors:
@@ -58,7 +60,7 @@ def _padded(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.longctx_op("*", cases=True)
-class TestEveryOp:
+class TestEveryOp(_WithCase):
     """Every ready-made case of every op that the backend declares."""
 
     def test_matches_the_oracle(self, subject: Subject, case: Case) -> None:
@@ -105,7 +107,7 @@ class TestEveryOp:
             pytest.skip("the case itself copies from the host")
         made = _made(subject, case)
         inputs = cast(case, made, subject.device, subject.dtype)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_CAPTURE_WARM_UPS):
@@ -125,7 +127,7 @@ class TestEveryOp:
 
 
 @pytest.mark.longctx_op("*", cases=True, declared=False)
-class TestUndeclared:
+class TestUndeclared(_WithCase):
     """Cases that the backend does not declare: whatever happens is no failure, but is told."""
 
     def test_undeclared(self, subject: Subject, case: Case) -> None:

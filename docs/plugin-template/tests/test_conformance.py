@@ -1,0 +1,3 @@
+"""The whole conformance suite, on this backend."""
+
+from longctx.testing.suite import *  # noqa: F403
