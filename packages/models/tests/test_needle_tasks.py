@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from importlib import resources
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from longctx_models.evaluation.needle import (
     TASKS,
     TRAINING_TASKS,
     Fact,
+    TextSource,
     held_out_source,
     make_sample,
     plant,
@@ -28,13 +31,28 @@ from longctx_models.evaluation.needle import (
 )
 from longctx_models.evaluation.needle.facts import fact_about, random_facts
 from longctx_models.evaluation.needle.placement import sentence_boundary, word_boundary
+from longctx_models.evaluation.needle.retired_templates import RETIRED
 from longctx_models.evaluation.needle.tasks import needles_that_fit
-from longctx_models.evaluation.needle.templates import HELD_OUT, TRAINING
+from longctx_models.evaluation.needle.templates import HELD_OUT, TRAINING, Templates
 from longctx_models.evaluation.needle.text import held_out_texts, training_texts
+from longctx_models.evaluation.needle.unseen_templates import UNSEEN
 
 ALL_TASKS = [*TASKS, *TRAINING_TASKS]
 CHECKPOINTS = resources.files("longctx_models") / "checkpoints"
 TRAINING_FOLDER = Path(__file__).parents[1] / "training" / "needle"
+TEMPLATES = {
+    "training": TRAINING,
+    "retired": RETIRED,
+    "held out": HELD_OUT,
+    "unseen": UNSEEN,
+}
+# The retired wordings are trained on, so they are no test set.
+either_test_set = pytest.mark.parametrize("templates", [HELD_OUT, UNSEEN], ids=["held", "unseen"])
+two_sets = pytest.mark.parametrize(
+    ("one", "other"),
+    [*combinations(TEMPLATES.values(), 2)],
+    ids=["-".join(names) for names in combinations(TEMPLATES, 2)],
+)
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
@@ -67,7 +85,9 @@ def test_every_sample_is_well_formed(task: str, length: int, depth: float, seed:
     assert sample.prompt.decode().encode() == sample.prompt
 
 
-@pytest.mark.parametrize("task", ["single_needle", "multi_needle_16", "facts", "key_value_lines"])
+@pytest.mark.parametrize(
+    "task", ["single_needle", "multi_needle_16", "facts", "facts_unseen", "key_value_lines"]
+)
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_a_needle_lies_at_its_depth(task: str, depth: float) -> None:
     for seed in range(10):
@@ -99,9 +119,10 @@ def test_the_answer_occurs_once_and_in_the_asked_statement(task: str) -> None:
         assert value not in sample.question
 
 
-def test_a_fact_answer_is_in_its_statement() -> None:
+@pytest.mark.parametrize("task", ["facts", "facts_unseen"])
+def test_a_fact_answer_is_in_its_statement(task: str) -> None:
     for seed in range(50):
-        sample = make_sample("facts", 2048, 0.5, seed)
+        sample = make_sample(task, 2048, 0.5, seed)
         assert sample.answer.strip() in sample.context[sample.offset : sample.offset + 250]
 
 
@@ -135,6 +156,7 @@ def test_bad_arguments_are_refused() -> None:
         make_sample("single_needle", 64, 0.5, seed=0)
 
 
+@two_sets
 @pytest.mark.parametrize(
     "part",
     [
@@ -142,32 +164,99 @@ def test_bad_arguments_are_refused() -> None:
         *("openings", "closings", "questions", "verb_frames"),
     ],
 )
-def test_held_out_templates_are_not_trained_on(part: str) -> None:
-    shared = set(getattr(TRAINING, part)) & set(getattr(HELD_OUT, part))
+def test_no_two_sets_share_a_template(one: Templates, other: Templates, part: str) -> None:
+    shared = set(getattr(one, part)) & set(getattr(other, part))
     assert shared <= {"", "."}  # No opening and a plain full stop are not templates.
 
 
-def test_held_out_words_are_not_trained_on() -> None:
-    assert not TRAINING.words() & HELD_OUT.words()
-    held_out = HELD_OUT.words() | HELD_OUT.frame_words()
-    assert not held_out.intersection(training_source().words)
+@two_sets
+def test_no_two_sets_share_a_half_of_a_verb_frame(one: Templates, other: Templates) -> None:
+    for half in (0, 1):
+        assert not {f[half] for f in one.verb_frames} & {f[half] for f in other.verb_frames}
 
 
-def test_there_are_many_held_out_wordings() -> None:
-    wordings = len(HELD_OUT.noun_phrases) * len(HELD_OUT.copulas) + len(HELD_OUT.verb_frames)
+@two_sets
+def test_no_two_sets_share_a_word(one: Templates, other: Templates) -> None:
+    assert not one.words() & other.words()
+
+
+@either_test_set
+def test_words_of_a_test_set_are_not_trained_on(templates: Templates) -> None:
+    kept_out = templates.words() | templates.frame_words()
+    assert not kept_out.intersection(training_source().words)
+
+
+def test_facts_unseen_uses_the_unseen_wordings() -> None:
+    def stems(templates: Templates) -> set[str]:
+        return {re.split(r"{\w+}", question)[0] for question in templates.questions} - {""}
+
+    asked = [make_sample("facts_unseen", 1024, 0.5, seed).question.decode() for seed in range(100)]
+    begun = {s for s in stems(UNSEEN) for a in asked if a.startswith(f"\nQuestion: {s}")}
+    assert begun == stems(UNSEEN)
+    assert not [
+        a for a in asked if a.startswith(tuple(f"\nQuestion: {s}" for s in stems(HELD_OUT)))
+    ]
+
+
+@either_test_set
+def test_there_are_many_wordings_to_test(templates: Templates) -> None:
+    wordings = len(templates.noun_phrases) * len(templates.copulas) + len(templates.verb_frames)
     assert wordings >= 200
     rng = random.Random(0)
-    facts = [fact_about(rng, HELD_OUT, "tie", "Zoe", "7") for _ in range(2000)]
+    facts = [fact_about(rng, templates, "tie", "Zoe", "7") for _ in range(2000)]
     assert len({(fact.statement, fact.question) for fact in facts}) >= 200
 
 
-def test_facts_of_one_sample_have_different_questions_and_findable_answers() -> None:
+def test_unseen_is_as_large_as_held_out() -> None:
+    sizes = [
+        {part: len(set(entries)) for part, entries in vars(templates).items()}
+        for templates in (HELD_OUT, UNSEEN)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@either_test_set
+def test_facts_of_one_sample_have_different_questions_and_findable_answers(
+    templates: Templates,
+) -> None:
     rng = random.Random(1)
     for _ in range(50):
-        facts = random_facts(rng, HELD_OUT, held_out_source().content_words, 8)
+        facts = random_facts(rng, templates, held_out_source().content_words, 8)
         assert len({fact.question for fact in facts}) == 8
         assert all(fact.answer in fact.statement for fact in facts)
-        assert not any("the the" in fact.statement for fact in facts)
+        assert not any("the the " in fact.statement for fact in facts)
+
+
+@pytest.fixture(scope="module")
+def fact_mixture() -> ModuleType:
+    path = TRAINING_FOLDER / "fact_mixture.py"
+    if not path.exists():
+        pytest.skip("needs the training folder")
+    spec = importlib.util.spec_from_file_location("fact_mixture", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        # Data classes look their module up while it is executed.
+        patch.setitem(sys.modules, spec.name, module)
+        # The training scripts import one another by bare name.
+        patch.syspath_prepend(TRAINING_FOLDER)
+        spec.loader.exec_module(module)
+    return module
+
+
+@either_test_set
+def test_training_never_makes_up_a_copula_of_a_test_set(
+    fact_mixture: ModuleType, templates: Templates
+) -> None:
+    # Drawing from these very words and their stems makes a collision likely, not just possible.
+    words = {word for copula in templates.copulas for word in copula.split()}
+    words |= {word.removesuffix(ending) for word in words for ending in ("s", "ed", "ly")}
+    source = TextSource((), (), tuple(sorted(words)))
+    writer = fact_mixture.FactWriter(random.Random(0), source)
+    drawn = {writer._any_copula() for _ in range(50_000)}
+    assert len(drawn) > 1000
+    assert not drawn.intersection(templates.copulas)
 
 
 def test_held_out_text_is_not_trained_on() -> None:
@@ -293,7 +382,9 @@ def test_checkpoint_files(checkpoint: Path) -> None:
     assert config["vocab_size"] == 256
     assert (checkpoint / "model.safetensors").stat().st_size <= 16 * 2**20
     cells = json.loads((checkpoint / "results.json").read_text())["cells"]
-    assert {cell["task"] for cell in cells} == set(TASKS)
+    measured = {cell["task"] for cell in cells}
+    # A checkpoint is published with or without its figures on the unseen wordings.
+    assert measured | {"facts_unseen"} == set(TASKS)
     assert "Apache-2.0" in (checkpoint / "MODEL_CARD.md").read_text()
 
 

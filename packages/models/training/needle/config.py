@@ -110,12 +110,22 @@ _NEEDLE = Preset(
 
 PRESETS: dict[str, Preset] = {
     "needle": _NEEDLE,
-    # The last part of a run: more sequences a second, because wordings remain to be learned.
+    # A run resumed from the middle of "needle": wordings and the beginnings of long texts remain.
     "needle-finish": replace(
         _NEEDLE,
         curriculum=replace(
-            _NEEDLE.curriculum, weights=(1, 3, 3, 3, 3, 2, 1.2, 0.9, 0.06), mixed_from=512
+            _NEEDLE.curriculum, weights=(0.5, 1.8, 2, 2.2, 3, 2.6, 2.2, 2.6, 0.4), mixed_from=512
         ),
+    ),
+    # From a finished model: many short sequences, for the wordings that remain to be learned.
+    "needle-wordings": replace(
+        _NEEDLE,
+        curriculum=replace(
+            _NEEDLE.curriculum, weights=(1, 3, 3, 3, 3, 2, 1.4, 1.6, 0.2), mixed_from=512
+        ),
+        matrix_rate=0.013,
+        other_rate=2e-3,
+        decay_from=0.0,
     ),
     "needle-small": Preset(
         model=ModelConfig(layers=5, width=128, mlp_width=256, max_positions=16384),

@@ -1,8 +1,9 @@
 """Training facts in free wording.
 
-English templates alone would be learned by heart. Most attributes and many verbs, copulas and
-noun phrases are therefore random words: the only way to answer is to match the words of a
-question with those of a statement, whatever they are. Where nothing else marks where a value of
+Some dozens of English templates would be learned by heart. They are therefore mixed with thousands
+of English phrases (`wordings`), and most attributes and many verbs, copulas and noun phrases are
+random words: the only way to answer is to match the words of a question with those of a statement,
+whatever they are. Where nothing else marks where a value of
 several words begins, the word before it is one that English uses there.
 """
 
@@ -15,18 +16,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import wordings
+
 from longctx_models.evaluation.needle.facts import (
     Fact,
     capitalised,
     entity,
-    fact_with_verb,
     frame,
     noun_phrase,
 )
+from longctx_models.evaluation.needle.retired_templates import RETIRED
 from longctx_models.evaluation.needle.scenes import Entry, Scene
 from longctx_models.evaluation.needle.tasks import fact_entry
-from longctx_models.evaluation.needle.templates import HELD_OUT, TRAINING
+from longctx_models.evaluation.needle.templates import HELD_OUT, TRAINING, Templates
 from longctx_models.evaluation.needle.text import TextSource
+from longctx_models.evaluation.needle.unseen_templates import UNSEEN
 from longctx_models.evaluation.needle.values import (
     distinct,
     fact_value,
@@ -92,7 +96,7 @@ class FactWriter:
                 self._with_random_verb,
                 self._value_first,
             ),
-            (0.58, 0.07, 0.12, 0.18, 0.05),
+            (0.53, 0.06, 0.22, 0.13, 0.06),
         )
         self.write: Callable[[Claim], Fact] = kind
         self._pattern = self._noun_phrase_pattern()
@@ -116,8 +120,15 @@ class FactWriter:
 
     def _with_english_verb(self, claim: Claim) -> Fact:
         rng, subject = self.rng, claim.subject
-        verb_frame = rng.choice(TRAINING.verb_frames)
-        return fact_with_verb(rng, verb_frame, TRAINING, subject, claim.attribute, claim.value)
+        if rng.random() < 0.35:
+            stated, asked = rng.choice(self._templates().verb_frames)
+        else:
+            stated, asked = wordings.verb_frame(rng)
+        statement = stated.format(e=subject, w=claim.attribute, v=claim.value)
+        question = asked.format(e=subject, w=claim.attribute)
+        if rng.random() < 0.15:
+            question = self._followed(question[:-1]) + "?"
+        return Fact(self._framed(statement), capitalised(question), claim.value)
 
     def _with_random_verb(self, claim: Claim) -> Fact:
         rng, subject, value = self.rng, claim.subject, claim.value
@@ -162,8 +173,11 @@ class FactWriter:
 
     def _noun_phrase_pattern(self) -> str:
         rng = self.rng
-        if rng.random() < 0.6:
-            return rng.choice(TRAINING.noun_phrases)
+        kind = rng.random()
+        if kind < 0.3:
+            return rng.choice(self._templates().noun_phrases)
+        if kind < 0.7:
+            return rng.choice(wordings.NOUN_PHRASES)
         word, preposition = self._word(), rng.choice(_PREPOSITIONS)
         return rng.choice(
             (
@@ -182,23 +196,26 @@ class FactWriter:
         rng = self.rng
         kind = rng.random()
         auxiliary, before = rng.choice(_AUXILIARIES), rng.choice(_BEFORE_VALUE)
-        if kind < 0.35:
-            copula = rng.choice(TRAINING.copulas)
-        elif kind < 0.43:
+        if kind < 0.22:
+            copula = rng.choice(self._templates().copulas)
+        elif kind < 0.6:
+            copula = wordings.copula(rng)
+        elif kind < 0.64:
             copula = auxiliary
-        elif kind < 0.62:
+        elif kind < 0.72:
             adverb = f"{self._word()}ly" if rng.random() < 0.6 else rng.choice(_ADVERBS)
             copula = f"{auxiliary} {adverb}"
-        elif kind < 0.78:
+        elif kind < 0.82:
             copula = f"{auxiliary} {self._past(self._word())} {before}"
-        elif kind < 0.86:
+        elif kind < 0.89:
             copula = f"{self._word()}s"
-        elif kind < 0.93:
+        elif kind < 0.95:
             copula = f"{self._word()}s {before}"
         else:
             filler = (self._word() for _ in range(rng.randint(1, 3)))
             copula = " ".join((*filler, before))
-        return self._any_copula() if copula in HELD_OUT.copulas else copula
+        held_out = (*HELD_OUT.copulas, *UNSEEN.copulas)
+        return self._any_copula() if copula in held_out else copula
 
     def _past(self, verb: str) -> str:
         """Return a past form; English has so many irregular ones that endings vary."""
@@ -207,26 +224,44 @@ class FactWriter:
         return self.rng.choice((verb, f"{verb}en", f"{verb[:-1]}t", f"{verb[:-1]}d", f"{verb}n"))
 
     def _framed(self, statement: str) -> str:
-        """Open and close a statement with the templates or, rarely, with random words."""
+        """Open and close a statement with templates, other English or, rarely, random words."""
         rng = self.rng
-        if rng.random() < 0.85:
-            return frame(rng, TRAINING, statement)
+        kind = rng.random()
+        if kind < 0.55:
+            return frame(rng, self._templates(), statement)
+        if kind < 0.85:
+            opening = rng.choice(wordings.OPENINGS) if rng.random() < 0.6 else ""
+            closing = rng.choice(wordings.CLOSINGS) if rng.random() < 0.4 else "."
+            return capitalised(opening + statement) + closing
         words = " ".join(self._word() for _ in range(rng.randint(2, 5)))
         if rng.random() < 0.5:
             return f"{capitalised(words)}{rng.choice((', ', ': ', ' that '))}{statement}."
         return f"{capitalised(statement)}{rng.choice((', ', '; '))}{words}."
 
     def _question(self, asked: str) -> str:
-        """Ask for a noun phrase; what comes before it must not matter."""
+        """Ask for a noun phrase; what comes before it and after it must not matter."""
         rng = self.rng
         kind = rng.random()
-        if kind < 0.45:
-            return capitalised(rng.choice(TRAINING.questions).format(np=asked))
+        if kind < 0.28:
+            return capitalised(rng.choice(self._templates().questions).format(np=asked))
+        if kind < 0.68:
+            return capitalised(wordings.question(rng).format(np=asked))
         words = [self._word() for _ in range(rng.randint(1, 5))]
-        if kind < 0.8:
+        if kind < 0.9:
             words.insert(0, rng.choice(_OPENERS))
         before = " ".join(words) + rng.choice(("", "", ",", ":"))
-        return f"{capitalised(before)} {asked}{rng.choice('??.')}"
+        return f"{capitalised(before)} {self._followed(asked)}{rng.choice('??.')}"
+
+    def _followed(self, asked: str) -> str:
+        """Put random words after what is asked for, some of the time."""
+        rng = self.rng
+        if rng.random() < 0.65:
+            return asked
+        words = " ".join(self._word() for _ in range(rng.randint(1, 4)))
+        return f"{asked}{rng.choice((' ', ', ', '; ', ': ', ' - '))}{words}"
+
+    def _templates(self) -> Templates:
+        return self.rng.choices((TRAINING, RETIRED), (0.65, 0.35))[0]
 
     def _word(self) -> str:
         return self.rng.choice(self.words)
@@ -278,17 +313,18 @@ def _short_entry(fact: Fact) -> Entry:
 
 
 def _attribute(rng: random.Random, source: TextSource) -> str:
-    if rng.random() < 0.2:
-        return rng.choice(TRAINING.attributes)
+    if rng.random() < 0.25:
+        return rng.choice(rng.choice((TRAINING, RETIRED)).attributes)
     return " ".join(rng.choice(source.words) for _ in range(rng.choice((1, 2, 2, 2, 3, 4))))
 
 
 def _subject(rng: random.Random, source: TextSource) -> str:
     kind = rng.random()
+    templates = rng.choice((TRAINING, RETIRED))
     if kind < 0.25:
-        return entity(rng, TRAINING)
+        return entity(rng, templates)
     if kind < 0.30:
-        return f"{entity(rng, TRAINING)} and {entity(rng, TRAINING)}"
+        return f"{entity(rng, templates)} and {entity(rng, templates)}"
     word, other = rng.choice(source.words), rng.choice(source.words)
     return rng.choice(
         (

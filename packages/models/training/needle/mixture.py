@@ -37,6 +37,7 @@ SceneMaker = Callable[[random.Random, TextSource, int], Scene]
 
 _ONE_QUESTION_SHARE = 0.15
 _MOST_QUESTIONS = 64
+_FAR_FROM, _FAR_SHARE, _FAR_DEPTH = 8192, 0.25, 0.03
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
@@ -211,7 +212,11 @@ class Mixture:
         # Users' texts have needles anywhere: at the ends of sentences or words, or inside one.
         snap = rng.choices((sentence_boundary, word_boundary, _anywhere), (0.55, 0.35, 0.10))[0]
         prose = rng.choice(self._prose) if scene.task.endswith("chain") else self.source
-        return index, assemble(rng, scene, asked, length, prose, snap=snap)
+        # The very beginning of a long text is the hardest place, and rare at random.
+        depths = {}
+        if length >= _FAR_FROM and rng.random() < _FAR_SHARE:
+            depths = {i: rng.uniform(0, _FAR_DEPTH) for i in asked[: 1 + len(asked) // 4]}
+        return index, assemble(rng, scene, asked, length, prose, depths, snap)
 
 
 def _anywhere(text: bytes, target: int) -> int:

@@ -18,7 +18,7 @@ import torch
 from config import PRESETS, Preset
 from data import Batch, Loader
 from evaluate import LENGTHS, environment, evaluate, sample_pool, table
-from export import export, load_state, save_state
+from export import export, load, load_state, save_state
 from mixture import INGREDIENTS
 from model import NeedleDecoder
 from optimizer import Optimizers
@@ -188,6 +188,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="needle")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--state", type=Path, help="folder for what a later call resumes from")
+    parser.add_argument(
+        "--start-from", type=Path, help="checkpoint whose weights a new run starts from"
+    )
     parser.add_argument("--log", type=Path, help="JSON log of the run; default: in --out")
     parser.add_argument("--seconds", type=float, default=600, help="time limit of this call")
     parser.add_argument(
@@ -215,7 +218,9 @@ def main() -> None:
         preset = replace(preset, curriculum=preset.curriculum.until(args.longest))
     state = args.state or args.out / "state"
     done = state / "progress.json"
-    earlier = json.loads(done.read_text()) if done.exists() else {"stage": 0, "step": 0}
+    # A trained model has been through the curriculum: all its lengths are there from the start.
+    stage = len(preset.curriculum.lengths) - 1 if args.start_from else 0
+    earlier = json.loads(done.read_text()) if done.exists() else {"stage": stage, "step": 0}
     # Each call seeds its workers anew: a resumed run must not see its first batches again.
     loader = Loader(preset, earlier["stage"], args.workers, f"{args.seed}/{earlier['step']}")
     pool = sample_pool(min(args.workers, 14))
@@ -225,7 +230,12 @@ def main() -> None:
         device = torch.device(args.device)
         cuda = device.type == "cuda"
         dtype = torch.bfloat16 if cuda else torch.float32
-        model = NeedleDecoder(preset.model, preset.block, dtype, compiled=cuda).to(device)
+        if args.start_from:
+            model = load(args.start_from, preset.block, dtype, compiled=cuda).to(device)
+            if model.config != preset.model:
+                raise SystemExit(f"{args.start_from} has another shape than {args.preset}")
+        else:
+            model = NeedleDecoder(preset.model, preset.block, dtype, compiled=cuda).to(device)
         optimizers = Optimizers(model, preset)
         run = Run(preset, model, optimizers, loader, device)
         if progress := load_state(state, model, optimizers):

@@ -16,8 +16,9 @@ from itertools import pairwise
 
 from .facts import Fact, question_prompt, random_facts
 from .scenes import Entry, Scene, assemble
-from .templates import HELD_OUT
+from .templates import HELD_OUT, Templates
 from .text import RULER_NOISE, TextSource, cut_from, held_out_source
+from .unseen_templates import UNSEEN
 from .values import digits, distinct, hexadecimal, letters, needle_key, uuid
 
 NEEDLE_STATEMENTS = (
@@ -184,10 +185,14 @@ def json_uuids(rng: random.Random, length: int, depth: float, source: TextSource
 
 def facts(rng: random.Random, length: int, depth: float, source: TextSource) -> NeedleSample:
     """Plant facts in held-out wordings and ask for one; short contexts hold fewer of them."""
-    count = max(2, min(_FACTS, (length - 200) // 100))
-    found = random_facts(rng, HELD_OUT, source.content_words, count)
-    scene = Scene("facts", tuple(map(fact_entry, found)))
-    return _sample(rng, scene, length, depth, source)
+    return _facts("facts", HELD_OUT, rng, length, depth, source)
+
+
+def facts_unseen(
+    rng: random.Random, length: int, depth: float, source: TextSource
+) -> NeedleSample:
+    """Do as `facts` does, in the unseen wordings."""
+    return _facts("facts_unseen", UNSEEN, rng, length, depth, source)
 
 
 def variable_chains(
@@ -233,6 +238,7 @@ TASKS: dict[str, Generator] = {
     "key_value_lines": key_value_lines,
     "json_uuids": json_uuids,
     "facts": facts,
+    "facts_unseen": facts_unseen,
     "variable_chains": variable_chains,
 }
 """The evaluated tasks by name."""
@@ -283,6 +289,19 @@ def _needles(rng: random.Random, source: TextSource, count: int) -> tuple[Entry,
     return tuple(
         needle_entry(statement, question, _ATTRIBUTE, key, digits(rng, 7)) for key in keys
     )
+
+
+def _facts(
+    name: str,
+    templates: Templates,
+    rng: random.Random,
+    length: int,
+    depth: float,
+    source: TextSource,
+) -> NeedleSample:
+    count = max(2, min(_FACTS, (length - 200) // 100))
+    found = random_facts(rng, templates, source.content_words, count)
+    return _sample(rng, Scene(name, tuple(map(fact_entry, found))), length, depth, source)
 
 
 def _variable(rng: random.Random) -> str:

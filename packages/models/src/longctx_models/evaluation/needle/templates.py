@@ -1,4 +1,7 @@
-"""Wordings of facts, in two sets that share no template and no noun: training and held out.
+"""Wordings of facts: the training set and the held-out one, which share no template and no noun.
+
+`unseen_templates` holds another test set, as different from both; `retired_templates` one that was a
+test set once and is trained on since.
 
 A wording says how a fact is stated and how it is asked for. Slots: ``{a}`` an attribute,
 ``{e}`` an entity, ``{v}`` the value, ``{np}`` a noun phrase made of attribute and entity,
@@ -60,19 +63,19 @@ def _words_of(phrases: Iterable[str]) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]{2,}", " ".join(phrases).lower()))
 
 
-def _phrases(text: str) -> tuple[str, ...]:
+def phrases(text: str) -> tuple[str, ...]:
     """Split phrases at commas; a line end is a space."""
     return tuple(" ".join(phrase.split()) for phrase in text.split(","))
 
 
-def _frames(text: str) -> tuple[tuple[str, str], ...]:
+def frames(text: str) -> tuple[tuple[str, str], ...]:
     """Split a table of statements and questions, one pair a line."""
     pairs = (line.split(" | ") for line in text.strip().splitlines())
     return tuple((statement.strip(), question.strip()) for statement, question in pairs)
 
 
 TRAINING = Templates(
-    attributes=_phrases(
+    attributes=phrases(
         """
         capital, author, height, owner, serial label, closing hour, favourite colour, surname,
         email address, blood group, registered trademark, engine type, shoe width, zip extension,
@@ -84,7 +87,7 @@ TRAINING = Templates(
         table reservation
         """
     ),
-    nouns=_phrases(
+    nouns=phrases(
         """
         river, mountain, company, doctor, engine, library, student, theatre, village, hospital,
         kitchen, newspaper, orchestra, farmer, tower, castle, bakery, satellite, university,
@@ -93,13 +96,13 @@ TRAINING = Templates(
         guitar, desk, painter
         """
     ),
-    adjectives=_phrases(
+    adjectives=phrases(
         """
         old, big, northern, little, ancient, famous, broken, green, grey, tall, royal, private,
         eastern, heavy, brown, public, upper, former, orange, wooden, lonely, central, modern
         """
     ),
-    names=_phrases(
+    names=phrases(
         """
         John, Mary, Peter, Susan, David, Linda, Robert, Karen, Michael, Laura, James, Emma,
         Daniel, Sarah, Thomas, Julia, Andrew, Helen, George, Anna, Paul, Clara, Mark, Nora,
@@ -107,13 +110,13 @@ TRAINING = Templates(
         Priya, Kofi, Lars
         """
     ),
-    noun_phrases=_phrases(
+    noun_phrases=phrases(
         """
         the {a} of {e}, the {a} for {e}, {e}'s {a}, the {a} in {e}, the {a} from {e}, the {e}
         {a}, the {a} on {e}, the {a} given to {e}, the {a} with {e}, the {a} {e} has
         """
     ),
-    copulas=_phrases(
+    copulas=phrases(
         """
         is, was, is:, :, =, is now, will be, remains, is set to, became, is called, is known to
         be, must be, should be, is still, is exactly, changed to, is given as, was changed to, is
@@ -176,7 +179,7 @@ TRAINING = Templates(
         "Say what {np} is.",
         "what is {np}",
     ),
-    verb_frames=_frames(
+    verb_frames=frames(
         """
         {e} lives in {v} | Where does {e} live?
         {e} works at {v} | Where does {e} work?
@@ -218,7 +221,7 @@ TRAINING = Templates(
 )
 
 HELD_OUT = Templates(
-    attributes=_phrases(
+    attributes=phrases(
         """
         wifi password, locker code, captain, budget, departure gate, secret ingredient,
         birthplace, safe combination, passport number, seat assignment, launch date, room number,
@@ -230,7 +233,7 @@ HELD_OUT = Templates(
         patron saint, vault keyword, jersey size
         """
     ),
-    nouns=_phrases(
+    nouns=phrases(
         """
         house, flight, cottage, submarine, inventor, harbour, lighthouse, choir, bicycle,
         sculptor, clinic, caravan, orchard, astronaut, gardener, violin, embassy, stadium,
@@ -239,28 +242,28 @@ HELD_OUT = Templates(
         envoy, locomotive, admiral
         """
     ),
-    adjectives=_phrases(
+    adjectives=phrases(
         """
         blue, crimson, haunted, third, silver, southern, abandoned, velvet, crooked, golden,
         sleepy, frozen, marble, purple, narrow, rusty, floating, retired, western, striped,
         foggy, humble
         """
     ),
-    names=_phrases(
+    names=phrases(
         """
         Alice, Tobias, Ingrid, Osprey, Marigold, Bertrand, Chidi, Dolores, Ezekiel, Farrah,
         Gideon, Hilda, Ignatius, Jasmine, Konrad, Leopold, Miriam, Nadia, Octavia, Percival,
         Quentin, Rufus, Sabine, Theodora, Ulrich, Valentina, Winston, Ximena, Yolanda, Zachary
         """
     ),
-    noun_phrases=_phrases(
+    noun_phrases=phrases(
         """
         the {a} at {e}, the {a} belonging to {e}, the {a} assigned to {e}, the {a} behind {e},
         the {a} that {e} uses, the {a} kept by {e}, the {a} listed for {e}, the {a} chosen by
         {e}, the one {a} of {e}, {e}'s own {a}, {e}'s new {a}
         """
     ),
-    copulas=_phrases(
+    copulas=phrases(
         """
         has been set to, turned out to be, happens to be, is listed as, stands at, equals, reads,
         is officially, was confirmed to be, shall be, is reported as, was fixed at, can only be,
@@ -297,7 +300,7 @@ HELD_OUT = Templates(
         "Which one is {np}?",
         "How would you describe {np}?",
     ),
-    verb_frames=_frames(
+    verb_frames=frames(
         """
         {e} boards at {v} | Where does {e} board?
         {e} departs from {v} | Where does {e} depart from?

@@ -21,6 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics as _TOPICS
 
 from .templates import HELD_OUT
+from .unseen_templates import UNSEEN
 from .values import foreign_word
 
 RULER_NOISE = (
@@ -152,7 +153,8 @@ def training_texts() -> tuple[bytes, ...]:
 def training_source() -> TextSource:
     """Return the text source of training."""
     topics, docstrings = training_texts()
-    words = _words((topics, docstrings), excluded=HELD_OUT.words() | HELD_OUT.frame_words())
+    kept_out = (templates.words() | templates.frame_words() for templates in (HELD_OUT, UNSEEN))
+    words = _words((topics, docstrings), excluded=frozenset().union(*kept_out))
     return TextSource(
         cutters=(
             cut_from(topics),
