@@ -116,10 +116,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the CPU benchmarks of the built-in backend and print their tables."""
+    """Run the CPU shapes of ``longctx bench`` and the scripts that measure what it does not."""
     editable(session)
-    for script in sorted(Path("packages/core/benchmarks").glob("*.py")):
-        session.run("python", str(script), *session.posargs)
+    session.run("longctx", "bench", *(session.posargs or ["--all", "--device", "cpu"]))
+    if not session.posargs:
+        for script in sorted(Path("packages/core/benchmarks").glob("*.py")):
+            session.run("python", str(script))
 
 
 @nox.session

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from longctx import PROTOCOL_VERSION, Backend, BackendBase, BackendInfo, Reason, hookimpl
-from longctx.probes import missing_cuda, missing_library
+from longctx.probes import distribution_version, missing_cuda, missing_library
 
 __all__ = ["longctx_backends", "missing"]
 
@@ -29,7 +27,7 @@ def longctx_backends() -> list[BackendInfo]:
     return [
         BackendInfo(
             name="cupy",
-            version=metadata.version("longctx-backend-cupy"),
+            version=distribution_version("longctx-backend-cupy"),
             protocol=PROTOCOL_VERSION,
             load=_load,
             missing=missing,

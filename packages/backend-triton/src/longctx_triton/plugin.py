@@ -13,7 +13,7 @@ from longctx import (
     ReasonCode,
     hookimpl,
 )
-from longctx.probes import missing_cuda, missing_library
+from longctx.probes import distribution_version, missing_cuda, missing_library
 
 __all__ = ["longctx_backends", "missing"]
 
@@ -51,7 +51,7 @@ def longctx_backends() -> list[BackendInfo]:
     return [
         BackendInfo(
             name="triton",
-            version=metadata.version("longctx-backend-triton"),
+            version=distribution_version("longctx-backend-triton"),
             protocol=PROTOCOL_VERSION,
             load=_load,
             missing=missing,

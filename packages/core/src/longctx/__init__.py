@@ -131,7 +131,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "__version__":  # read on demand: importing the metadata machinery costs time
-        from importlib.metadata import version
+        from longctx.probes import distribution_version
 
-        return version("longctx-core")
+        return distribution_version("longctx-core")
     raise AttributeError(f"module 'longctx' has no attribute {name!r}")

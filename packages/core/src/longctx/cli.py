@@ -1,4 +1,4 @@
-"""The ``longctx`` command: doctor, backends, explain, and what other distributions join to it."""
+"""The ``longctx`` command: doctor, backends, explain, bench, and what distributions join to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -170,6 +171,67 @@ def explain(
     _OUT.print(table)
 
 
+def bench(
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="OP...", help="Ops, such as flash_attention.")
+    ] = None,
+    all_ops: Annotated[bool, typer.Option("--all", help="Every op.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Show the shapes, run none.")] = False,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Only this backend, or none; repeatable.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Only this peer, or none; repeatable.")
+    ] = None,
+    shapes: Annotated[
+        str, typer.Option(help="Words that a shape must have, such as 'fa3 D128 causal'.")
+    ] = "",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: cuda if any.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 for all shapes.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time for each row.")] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="The backward pass.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write JSON lines to this file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw PNG files into this folder.")] = None,
+    recorded: Annotated[
+        Path | None, typer.Option("--from", help="Draw this file of JSON lines, measure nothing.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare two files of JSON lines.")
+    ] = None,
+) -> None:
+    """Time backends and peers in turns on the standard shapes; a wrong result has no time."""
+    from longctx.bench import command
+
+    if compare is not None:
+        command.compare_files(*compare, _OUT)
+        return
+    if recorded is not None:
+        if plot is None:
+            raise ValueError("--from draws what was recorded: give a folder with --plot")
+        command.plot_file(recorded, plot, _OUT)
+        return
+    if not (ops or all_ops or list_only):
+        raise ValueError("name an op, such as flash_attention, or give --all or --list")
+    if ops and all_ops:
+        raise ValueError("--all is every op: leave out the names, or --all")
+    request = command.Request(
+        ops=tuple(ops or ()),
+        shapes=shapes,
+        device=device,
+        dtype=dtype,
+        backward=backward,
+        backends=tuple(backend or ()),
+        peers=tuple(peer or ()),
+        seconds=seconds,
+    )
+    if list_only:
+        command.list_shapes(request, _OUT)
+    else:
+        command.run_bench(request, _OUT, json=json_file, plot=plot)
+
+
 def _table(*columns: str, title: str | None = None, show_header: bool = True) -> Table:
     """Return a table that folds long words: a name or command that is cut cannot be used."""
     table = Table(title=title, title_justify="left", show_header=show_header)
@@ -199,7 +261,7 @@ def build_app() -> typer.Typer:
     ) -> None:
         logging.basicConfig(level=logging.INFO if verbose or debug else logging.ERROR)
 
-    for command in (doctor, backends, explain):
+    for command in (doctor, backends, explain, bench):
         app.command()(command)
     for point in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name):
         try:

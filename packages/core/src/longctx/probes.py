@@ -12,7 +12,13 @@ import torch
 
 from longctx.support import Reason, ReasonCode
 
-__all__ = ["CudaDriver", "cuda_driver", "missing_cuda", "missing_library"]
+__all__ = [
+    "CudaDriver",
+    "cuda_driver",
+    "distribution_version",
+    "missing_cuda",
+    "missing_library",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,23 @@ def cuda_driver() -> CudaDriver:
         return CudaDriver(True, version, error=f"cuInit failed with code {status}")
     driver.cuDeviceGetCount(ctypes.byref(number))
     return CudaDriver(True, version, number.value)
+
+
+def distribution_version(name: str) -> str:
+    """Return the version of an installed distribution, ``"0+unknown"`` in a bare source tree.
+
+    Examples
+    --------
+    >>> from longctx.probes import distribution_version
+    >>> distribution_version("no-such-distribution")
+    '0+unknown'
+    """
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 def missing_library(module: str, command: str) -> tuple[Reason, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longctx.backend_base import BackendBase
 from longctx.hookspecs import hookimpl
+from longctx.probes import distribution_version
 from longctx.protocols.backend import Backend, BackendInfo
 from longctx.protocols.version import PROTOCOL_VERSION
 
@@ -30,12 +31,10 @@ def _load() -> Backend:
 @hookimpl
 def longctx_backends() -> list[BackendInfo]:
     """Offer the backend called ``"torch"``."""
-    from importlib.metadata import version
-
     return [
         BackendInfo(
             name="torch",
-            version=version("longctx-core"),
+            version=distribution_version("longctx-core"),
             protocol=PROTOCOL_VERSION,
             load=_load,
             description="plain PyTorch on any device; the default without a GPU",
