@@ -39,21 +39,42 @@ def quickstart(session: nox.Session) -> None:
     session.run("longctx", "demo", *session.posargs)
 
 
+# one thread a worker: the workers are what fills the cores
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def workers() -> list[str]:
+    """Return the arguments that let pytest use the cores."""
+    return ["-n", str(min(os.cpu_count() or 1, 8))]
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run every test that needs no GPU, the documentation's snippets included."""
+    """Run every test that needs no GPU but the conformance suite, which is parity's."""
     editable(session)
-    arguments = session.posargs or ["packages", "tests", "docs", "README.md"]
-    workers = ["-n", str(min(os.cpu_count() or 1, 8))] if not session.posargs else []
-    # one thread a worker: the workers are what fills the cores
-    session.run("pytest", *workers, *arguments, env={"OMP_NUM_THREADS": "1"})
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=ONE_THREAD)
+        return
+    triton = "packages/backend-triton"
+    others = [path for path in (*PACKAGES, "packages/models") if path != triton]
+    paths = (*others, "tests/plugins", "docs", "README.md")
+    session.run("pytest", *workers(), *paths, env=ONE_THREAD)
+    # apart, because these tests switch Triton's interpreter on for their whole process
+    session.run("pytest", *workers(), triton, env=ONE_THREAD)
 
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """Compare every installed backend with the oracle and with each other."""
+    """Run the conformance suite over every usable backend, and compare the backends."""
     editable(session)
-    session.run("pytest", "tests/parity", *session.posargs)
+    if session.posargs:
+        session.run("pytest", "tests/parity", *session.posargs, env=ONE_THREAD)
+        return
+    session.run("pytest", "tests/parity", *workers(), env=ONE_THREAD)
+    # Triton's interpreter is slow: the ready-made cases of every op, and the comparison
+    chosen = ("-k", "TestEveryOp or agree", "--longctx-max-length=260")
+    interpret = {**ONE_THREAD, "TRITON_INTERPRET": "1"}
+    session.run("pytest", "tests/parity", *workers(), *chosen, env=interpret)
 
 
 @nox.session

@@ -19,7 +19,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "support_matrix",
 ]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "plugin-template"]
 
 html_theme = "furo"
 html_title = f"longctx {release}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 
 from longctx import (
@@ -24,9 +25,16 @@ OLDEST, NEWEST = (3, 6), (3, 9)
 
 
 def missing() -> tuple[Reason, ...]:
-    """Return what this machine lacks: the library, a fitting version of it, a driver, a GPU."""
+    """Return what this machine lacks: the library, a fitting version of it, a driver, a GPU.
+
+    With ``TRITON_INTERPRET=1`` kernels run on the CPU, and neither driver nor GPU is wanted.
+    """
     reasons = missing_library("triton", _INSTALL) or _unfit_version()
-    return (*reasons, *missing_cuda())
+    return reasons if _interpreting() else (*reasons, *missing_cuda())
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 def _unfit_version() -> tuple[Reason, ...]:
@@ -40,9 +48,15 @@ def _unfit_version() -> tuple[Reason, ...]:
 
 
 def _load() -> Backend:
-    from longctx_triton.support import SUPPORT
+    from longctx_triton import block_sparse, decode, dsa, flash, lightning, star, token_sparse
+    from longctx_triton.launch.device import launched
+    from longctx_triton.support import SUPPORT, interpreted
 
-    return BackendBase(SUPPORT, {})
+    families = (flash, decode, lightning, dsa, block_sparse, star, token_sparse)
+    primitives = {
+        name: launched(getattr(family, name)) for family in families for name in family.__all__
+    }
+    return BackendBase(interpreted(SUPPORT) if _interpreting() else SUPPORT, primitives)
 
 
 @hookimpl

@@ -60,16 +60,17 @@ class Verdict:
         return self.error <= self.allowed
 
 
-def rounding_of(dtype: torch.dtype) -> float:
+def rounding_of(dtype: torch.dtype, *, backward: bool = False) -> float:
     """Return the relative rounding error that an op on inputs of this type may have.
 
-    The machine epsilon of a 16-bit type. Sums in fp32 round at every step, in an order of their
-    own: sixteen epsilons. Products of fp8 are exact, but the accumulator of Hopper's matrix units
-    keeps about 12 bits of their sum.
+    The machine epsilon of a 16-bit type; twice that for a gradient, whose way leads over two
+    rounded matrices, the weights and their gradient. Sums in fp32 round at every step, in an order
+    of their own: sixteen epsilons. Products of fp8 are exact, but the accumulator of Hopper's
+    matrix units keeps about 12 bits of their sum.
     """
     if dtype.itemsize == 1:
         return 2.0**-11
-    steps = 1 if dtype.itemsize == 2 else 16
+    steps = (2 if backward else 1) if dtype.itemsize == 2 else 16
     return steps * torch.finfo(dtype).eps
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import longctx
 from longctx.reference import block_sparse, decode, dsa, flash, lightning, star, token_sparse
+from longctx.testing.low_precision import chunked_lightning
 
 Tensors = dict[str, Any]
 
@@ -35,6 +36,9 @@ class Case:
         Optional features that the call uses.
     keep_fp32 : frozenset of str
         Inputs that are not cast to the tested dtype.
+    low : callable, optional
+        The same as a sound kernel of the tested precision computes it, where the oracle in that
+        precision is more exact than any kernel.
     fp32_only : bool
         Whether the op takes nothing else, so that the case exists in fp32 alone.
     capturable : bool
@@ -48,6 +52,7 @@ class Case:
     oracle: Callable[..., tuple[Tensor, ...]]
     features: tuple[str, ...] = ()
     keep_fp32: frozenset[str] = field(default_factory=frozenset)
+    low: Callable[..., tuple[Tensor, ...]] | None = None
     fp32_only: bool = False
     capturable: bool = True
 
@@ -55,6 +60,18 @@ class Case:
     def id(self) -> str:
         """Name for pytest."""
         return f"{self.op}-{self.name}"
+
+    def references(
+        self, made: Tensors, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the exact results, and those that the tested precision can be expected to give.
+
+        Both see the values after rounding to the tested dtype.
+        """
+        rounded = cast(self, made, "cpu", dtype)
+        exact = self.oracle(**cast(self, rounded, "cpu", torch.float64))
+        half = dtype.itemsize == 2
+        return exact, (self.low if self.low and half else self.oracle)(**rounded)
 
 
 def qkv(q_len: int, k_len: int, q_heads: int = 4, kv_heads: int = 2, dim: int = 64) -> Any:
@@ -203,6 +220,7 @@ CASES = [
         lambda **t: lightning.lightning_attention(**state_precision(**t)),
         ("initial-state",),
         frozenset({"log_decay", "initial_state"}),
+        lambda **t: chunked_lightning(**t),
     ),
     Case(
         "lightning_decode",
@@ -266,6 +284,7 @@ CASES = [
         ),
         lambda **t: block_sparse.block_sparse_attention(**t, plan=block_plan(t["q"].device)),
         ("block-plan", "per-kv-head"),
+        capturable=False,
     ),
     Case(
         "block_sparse_attention",
@@ -328,6 +347,7 @@ CASES = [
         ),
         lambda **t: token_sparse.token_sparse_attention(**t, plan=token_plan(t["q"].device)),
         ("per-query-head",),
+        capturable=False,
     ),
 ]
 

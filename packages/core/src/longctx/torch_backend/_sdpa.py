@@ -51,6 +51,8 @@ def attend(
     appended: the kernels know one head size.
     """
     value_dim = v.shape[3]
+    if scale <= 0:  # the kernels multiply by it what is masked with -inf already
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = _same_width(q, k, v)
     groups = q.shape[2] // k.shape[2]
     if groups == 1 or (q.device.type == "cpu" and _CPU_SHARES_HEADS):

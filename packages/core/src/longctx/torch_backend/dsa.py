@@ -142,6 +142,8 @@ def topk_attention_forward(
     dtype = wide(q.dtype)
     out = torch.empty(batch, q_len, q_heads, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, q_heads, q_len, dtype=dtype, device=q.device)
+    if k_len == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
     tokens = indices.shape[3] * page_size
     # keys and values twice (as stored and widened), scores twice, positions in int64
     stored = kv_heads * (dim + value_dim) * (k.element_size() + dtype.itemsize)

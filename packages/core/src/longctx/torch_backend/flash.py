@@ -60,6 +60,8 @@ def flash_forward(
         q, k, v = _widened(q, k, v, q_descale, k_descale)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         out, lse = _forward(q, k, v, window_left, right, softcap, scale)
+    elif q.shape[1] == 0 or k.shape[1] == 0:  # PyTorch's packed kernel cannot be launched
+        out, lse = _empty(q, v)
     elif flash_kernel_runs(q, v) and not softcap:
         out, lse = flash_kernel(
             q, k, v, left=window_left, right=right, scale=scale,

@@ -105,7 +105,11 @@ def _sampled_gradients(
     }
     return [
         Expectation(
-            f"{name} of KV head {head}", pick, true, near.to(q.dtype), rounding_of(q.dtype)
+            f"{name} of KV head {head}",
+            pick,
+            true,
+            near.to(q.dtype),
+            rounding_of(q.dtype, backward=True),
         )
         for (name, pick), true, near in zip(picks.items(), exact, low, strict=True)
     ]

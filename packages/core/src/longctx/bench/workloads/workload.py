@@ -114,7 +114,7 @@ def whole_result(
             operator.itemgetter(name),
             true,
             rounded.to(dtype_of(case)) if dtype_of(case).itemsize > 1 else rounded,
-            rounding_of(dtype_of(case)),
+            rounding_of(dtype_of(case), backward=case.backward),
         )
         for name, true, rounded in zip(names, exact, low, strict=False)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -34,13 +33,6 @@ def _made(subject: Subject, case: Case) -> Tensors:
     return case.inputs(subject.generator)
 
 
-def _references(subject: Subject, case: Case, made: Tensors) -> tuple[Any, Any]:
-    """Return the oracle's results in fp64 and in the precision under test."""
-    # the oracle sees the values after rounding to the tested dtype
-    rounded = cast(case, made, "cpu", subject.dtype)
-    return case.oracle(**cast(case, rounded, "cpu", torch.float64)), case.oracle(**rounded)
-
-
 def _head_major(tensor: Tensor) -> Tensor:
     """Return equal values whose memory is ``[batch, heads, seq, dim]``."""
     if tensor.dim() != 4 or not tensor.is_floating_point():
@@ -68,7 +60,7 @@ class TestEveryOp(_WithCase):
         inputs = cast(case, made, subject.device, subject.dtype)
         with poisoned_allocations():
             results = case.call(subject.backend, **inputs)
-        exact, low = _references(subject, case, made)
+        exact, low = case.references(made, subject.dtype)
         subject.check_all(results, exact, low, [f"output {i}" for i in range(len(exact))])
 
     @pytest.mark.parametrize("view", [_head_major, _padded], ids=["head-major", "padded"])
@@ -81,7 +73,7 @@ class TestEveryOp(_WithCase):
             results = case.call(
                 subject.backend, **{name: view(tensor) for name, tensor in inputs.items()}
             )
-        exact, low = _references(subject, case, made)
+        exact, low = case.references(made, subject.dtype)
         subject.check_all(results, exact, low, [f"output {i}" for i in range(len(exact))])
 
     def test_inputs_are_not_written(self, subject: Subject, case: Case) -> None:
@@ -122,7 +114,7 @@ class TestEveryOp(_WithCase):
             inputs[name].copy_(tensor)
         graph.replay()
         torch.cuda.synchronize()
-        exact, low = _references(subject, case, fresh)
+        exact, low = case.references(fresh, subject.dtype)
         subject.check_all(captured, exact, low, [f"output {i}" for i in range(len(exact))])
 
 
@@ -143,7 +135,7 @@ def _runs_right(subject: Subject, case: Case, made: Tensors, inputs: Tensors) ->
 
     try:
         results = case.call(BoundBackend(subject.backend), **inputs)
-        exact, low = _references(subject, case, made)
+        exact, low = case.references(made, subject.dtype)
     except Exception:  # undeclared: any refusal will do
         return False
     return all(

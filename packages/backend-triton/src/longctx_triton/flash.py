@@ -1,0 +1,226 @@
+"""Exact softmax attention and its gradient on NVIDIA GPUs.
+
+On Hopper, ``flash_forward`` runs a warp-specialised Gluon kernel where that fits; everywhere else,
+and with ``LONGCTX_TRITON_FLASH=portable`` in the environment, kernels of ``tl.dot``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from longctx_triton.kernels.flash_backward import (
+    flash_delta_kernel,
+    flash_dkdv_kernel,
+    flash_dq_kernel,
+)
+from longctx_triton.kernels.flash_forward import flash_forward_kernel
+from longctx_triton.launch.device import Device, device_of
+from longctx_triton.launch.flash import backward_tiles, forward_tiles
+
+__all__ = ["flash_backward", "flash_forward"]
+
+_FP8 = torch.float8_e4m3fn
+_DELTA_ROWS = 64
+
+
+def flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `longctx.protocols.attention.FlashAttention.flash_forward`.
+
+    fp8 scores are fp8 products where the tensor cores have them (sm_89 and later); weights and
+    values meet in fp16, which holds every e4m3 value.
+
+    Environment
+    -----------
+    LONGCTX_TRITON_FLASH : {"portable"}, optional
+        Run the ``tl.dot`` kernel on Hopper too, for comparison.
+    """
+    batch, q_len, q_heads, head_dim = q.shape
+    k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    fp8 = q.dtype == _FP8
+    out = torch.empty(
+        (batch, q_len, q_heads, value_dim),
+        dtype=torch.bfloat16 if fp8 else q.dtype,
+        device=q.device,
+    )
+    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
+        return out, lse
+    left, right = _band(causal, window_left, window_right, q_len, k_len)
+    device = device_of(q.device)
+    group = q_heads // kv_heads
+    section = min(batch * q_heads, group * _fitting(device, k, v))
+    plain = left is None and softcap == 0 and not fp8
+    if plain and device.arch == (9, 0) and cu_seqlens_q is None and not _portable_wanted():
+        # Gluon is imported where it can run
+        from longctx_triton.launch.flash_hopper import hopper_forward, hopper_takes
+
+        if hopper_takes(q, k, v, right, scale):
+            hopper_forward(
+                q, k, v, out, lse, causal=right == 0, sinks=sinks, scale=scale,
+                section=section, processors=device.processors,
+            )  # fmt: skip
+            return out, lse
+    block_d, block_v = _padded(head_dim), _padded(value_dim)
+    tiles = forward_tiles(device, max(block_d, block_v), plain)
+    mode = ""
+    if fp8:
+        mode = "native" if device.arch >= (8, 9) else "bytes"
+        if mode == "bytes":
+            q, k, v = (t.view(torch.uint8) for t in (q, k, v))
+    count, units = _tile_count(q_len, cu_seqlens_q, tiles.block_q), batch * q_heads
+    grid = (count * units,)
+    flash_forward_kernel[grid](
+        q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k,
+        *(None if t is None else t.contiguous() for t in (q_descale, k_descale, v_descale)),
+        scale, softcap, left or 0, right or 0,
+        q_len, k_len, 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        units, q_heads, group, count, section,
+        *_strides(q), *_strides(k), *_strides(v),
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_V=block_v,
+        BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k,
+        # the running maximum may be scaled afterwards only by a factor above 0
+        SOFTCAP=softcap > 0, PRESCALED=softcap > 0 or fp8 or scale <= 0, FP8=mode,
+        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        VARLEN=cu_seqlens_q is not None,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def flash_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `longctx.protocols.attention.FlashAttention.flash_backward`.
+
+    Without atomics, hence the same bits every time: dq, and dk with dv, each recompute the scores.
+    """
+    batch, q_len, q_heads, head_dim = q.shape
+    k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    group = q_heads // kv_heads
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    left, right = _band(causal, window_left, window_right, q_len, k_len)
+    device = device_of(q.device)
+    block_d, block_v = _padded(head_dim), _padded(value_dim)
+    plain = left is None and softcap == 0
+    dq_tiles, dkdv_tiles = backward_tiles(device, max(block_d, block_v), plain)
+    units = batch * q_heads
+    row_tiles = -(-q_len // _DELTA_ROWS)
+    delta, lse2 = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
+    parts = None
+    if sinks is not None:
+        parts = torch.empty((row_tiles * batch, q_heads), dtype=torch.float32, device=q.device)
+    sequences = 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    strides = (*_strides(dout), *_strides(q), *_strides(k), *_strides(v))
+    options = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "SOFTCAP": softcap > 0,
+        "HAS_LEFT": left is not None,
+        "HAS_RIGHT": right is not None,
+        "VARLEN": cu_seqlens_q is not None,
+    }
+    flash_delta_kernel[(row_tiles * units,)](
+        dout, out, lse, dlse, sinks, delta, lse2, parts, q_len, units, q_heads,
+        *_strides(dout), *_strides(out),
+        VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_Q=_DELTA_ROWS, num_warps=4,
+    )  # fmt: skip
+    count = _tile_count(k_len, cu_seqlens_k, dkdv_tiles.block_k)
+    flash_dkdv_kernel[(count * batch * kv_heads,)](
+        dout, q, k, v, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k,
+        scale, softcap, left or 0, right or 0,
+        q_len, k_len, sequences, batch * kv_heads, kv_heads, group, count,
+        min(batch * kv_heads, _fitting(device, q, dout, group)), *strides,
+        BLOCK_Q=dkdv_tiles.block_q, BLOCK_K=dkdv_tiles.block_k, **options,
+        num_warps=dkdv_tiles.num_warps, num_stages=dkdv_tiles.num_stages,
+    )  # fmt: skip
+    count = _tile_count(q_len, cu_seqlens_q, dq_tiles.block_q)
+    flash_dq_kernel[(count * units,)](
+        dout, q, k, v, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k,
+        scale, softcap, left or 0, right or 0,
+        q_len, k_len, sequences, units, q_heads, group, count,
+        min(units, group * _fitting(device, k, v)), *strides,
+        BLOCK_Q=dq_tiles.block_q, BLOCK_K=dq_tiles.block_k, **options,
+        num_warps=dq_tiles.num_warps, num_stages=dq_tiles.num_stages,
+    )  # fmt: skip
+    return dq, dk, dv, None if parts is None else parts.sum(0)
+
+
+def _band(
+    causal: bool, left: int | None, right: int | None, q_len: int, k_len: int
+) -> tuple[int | None, int | None]:
+    """Return the window with causality as its right side and sides that hide nothing as None."""
+    right = 0 if causal else right
+    return (
+        None if left is None or left >= k_len - 1 else left,
+        None if right is None or right >= q_len - 1 else right,
+    )
+
+
+def _portable_wanted() -> bool:
+    return os.environ.get("LONGCTX_TRITON_FLASH", "").strip().lower() == "portable"
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _tile_count(length: int, ends: Tensor | None, block: int) -> int:
+    """Return the number of tiles, or for packed sequences a bound that needs no lengths."""
+    if ends is None:
+        return -(-length // block)
+    return length // block + ends.shape[0]
+
+
+def _fitting(device: Device, first: Tensor, second: Tensor, heads: int = 1) -> int:
+    """Return how many times ``heads`` heads of two tensors fit in most of the L2 cache, or 1."""
+    head = first.shape[1] * (first.shape[3] + second.shape[3]) * first.element_size()
+    return max(1, device.l2 * 5 // 8 // max(1, heads * head))
+
+
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    """Return the strides of batch, sequence and heads; 0 where an axis has one entry.
+
+    The stride of such an axis is arbitrary, and Triton compiles anew for an odd one.
+    """
+    batch, seq, head, _ = t.stride()
+    return (
+        batch if t.shape[0] > 1 else 0,
+        seq if t.shape[1] > 1 else 0,
+        head if t.shape[2] > 1 else 0,
+    )

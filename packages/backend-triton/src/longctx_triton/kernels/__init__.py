@@ -1,0 +1,1 @@
+"""Device code: what runs on the GPU, one file a kernel or a set of shared device functions."""

@@ -1,0 +1,76 @@
+"""The GPU that a call runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Device", "device_of", "launched", "on_device"]
+
+_HERE = nullcontext()
+_SMALL_SHARED = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
+
+
+class Device(NamedTuple):
+    """What the choice of tiles depends on.
+
+    Attributes
+    ----------
+    arch : (int, int)
+        Compute capability; (0, 0) for Triton's interpreter on the CPU.
+    processors : int
+        Streaming multiprocessors.
+    l2 : int
+        Bytes of L2 cache.
+    """
+
+    arch: tuple[int, int]
+    processors: int
+    l2: int
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter."""
+        return self.arch == (0, 0)
+
+    @property
+    def large_shared(self) -> bool:
+        """Whether a block may take 160 KiB of shared memory or more, not about 100."""
+        return self.arch not in _SMALL_SHARED
+
+
+def device_of(device: torch.device) -> Device:
+    """Return the properties of a device, remembered after the first call."""
+    if device.type != "cuda":
+        return Device((0, 0), 1, 0)
+    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return Device((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which the tensor's GPU is current, as Triton's launches need it."""
+    index = tensor.device.index
+    if tensor.device.type != "cuda" or index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(index)
+
+
+def launched(primitive: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a primitive that runs with its first tensor's GPU current."""
+
+    @wraps(primitive)
+    def launch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with on_device(first):
+            return primitive(first, *args, **kwargs)
+
+    return launch
