@@ -1,7 +1,7 @@
 """Wordings of facts: the training set and the held-out one, which share no template and no noun.
 
-`unseen_templates` holds another test set, as different from both; `retired_templates` one that was a
-test set once and is trained on since.
+`unseen_templates` holds another test set, as different from both; `retired_templates` one that was
+a test set once and is trained on since.
 
 A wording says how a fact is stated and how it is asked for. Slots: ``{a}`` an attribute,
 ``{e}`` an entity, ``{v}`` the value, ``{np}`` a noun phrase made of attribute and entity,
