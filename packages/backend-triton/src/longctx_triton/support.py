@@ -24,6 +24,7 @@ def _table(
     head_dims: set[int] | None = None,
     value_dims: set[int] | None = None,
     gradient: bool = False,
+    hopper_priority: int = _PRIORITY,
 ) -> OpSupport:
     return OpSupport(
         dtypes=dtypes,
@@ -33,6 +34,7 @@ def _table(
         features=frozenset(features),
         gradient=gradient,
         priority=_PRIORITY,
+        arch_priority={(9, 0): hopper_priority},
     )
 
 
@@ -64,7 +66,8 @@ SUPPORT: Mapping[str, OpSupport] = {
     "star_query_attention": _table(head_dims={64, 128}),
     "token_scores": _table(head_dims={64, 128}),
     "select_tokens": _table(dtypes=_FP32),
-    "token_sparse_attention": _table(*_EVERY_HEAD, head_dims={64, 128}),
+    # the torch backend, which copies the chosen rows and calls cuDNN, is 1.4 to 2.1 times faster
+    "token_sparse_attention": _table(*_EVERY_HEAD, head_dims={64, 128}, hopper_priority=5),
 }  # fmt: skip
 
 

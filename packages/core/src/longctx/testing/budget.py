@@ -2,7 +2,7 @@
 
 The error against the fp64 oracle may be at most twice that of an independent computation in the
 same precision, plus a rounding band of the output's dtype: one step for 16 bits and less, where
-the sums behind the output are kept more exactly, and eight for fp32, where they are not and the
+the sums behind the output are kept more exactly, and sixteen for fp32, where they are not and the
 order of summation alone moves a result by several steps.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Budget", "assert_within_budget", "error_budget"]
 
-_FP32_STEPS = 8
+_FP32_STEPS = 16
 
 
 @dataclass(frozen=True)
