@@ -258,7 +258,8 @@ class TestTopkAttention:
         subject.require_length(129)
         made = dict(zip("qkv", subject.qkv(2, 65, 129), strict=True))
         made["indices"] = random_choice(subject, 2, 65, 1, 20, 129)
-        made["indices"][:, -1, 0, 0] = 128
+        made["indices"][:, -1] = -1
+        made["indices"][:, -1, 0, 0] = 128  # the last query sees the last key
         made[name] = far_apart(subject, made[name], axis)
         run_and_check(subject, (made["q"], made["k"], made["v"]), TopKPlan(made["indices"]))
 
