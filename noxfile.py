@@ -50,7 +50,7 @@ def workers() -> list[str]:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run every test that needs no GPU but the conformance suite, which is parity's."""
+    """Run every test that needs no GPU; the conformance suite is parity's."""
     editable(session)
     if session.posargs:
         session.run("pytest", *session.posargs, env=ONE_THREAD)
@@ -59,8 +59,9 @@ def tests(session: nox.Session) -> None:
     others = [path for path in (*PACKAGES, "packages/models") if path != triton]
     paths = (*others, "tests/plugins", "docs", "README.md")
     session.run("pytest", *workers(), *paths, env=ONE_THREAD)
-    # apart, because these tests switch Triton's interpreter on for their whole process
-    session.run("pytest", *workers(), triton, env=ONE_THREAD)
+    # apart, because these tests switch Triton's interpreter on for their whole process; those of
+    # its compiler that are marked slow repeat the others for more devices and options
+    session.run("pytest", *workers(), triton, "-m", "not slow", env=ONE_THREAD)
 
 
 @nox.session

@@ -394,7 +394,7 @@ def test_checkpoint_files(checkpoint: Path) -> None:
 def test_training_runs_and_resumes_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(TRAINING_FOLDER / "train.py"), "--preset", "smoke"]
     command += ["--device", "cpu", "--workers", "1", "--samples", "2", "--evaluation-seconds", "1"]
-    command += ["--schedule-seconds", "60", "--seconds", "14", "--out", str(tmp_path)]
+    command += ["--schedule-seconds", "90", "--seconds", "25", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(TRAINING_FOLDER.parents[1] / "src")}
     steps = []
     for _ in range(2):

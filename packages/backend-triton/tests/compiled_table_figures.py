@@ -1,0 +1,142 @@
+"""What the kernels are known to fall short of, by kernel, case and architecture.
+
+Figures of Triton 3.6, whose registers the tiles were chosen by, and of 3.9; none where none is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["SERIALIZED", "SPILLS"]
+
+SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
+    "block_attention_kernel": {
+        "block sparse 128 of 64 on sm_80": {"3.9": (16, 16)},
+    },
+    "decode_kernel": {
+        "decode 128 tokens on sm_80": {"3.9": (16, 16)},
+    },
+    "flash_dkdv_kernel": {
+        "flash backward 128 all on sm_80": {"3.6": (16, 16), "3.9": (16, 16)},
+        "flash backward 128 all on sm_90a": {"3.9": (56, 32)},
+        "flash backward 128 causal on sm_80": {"3.6": (16, 16), "3.9": (16, 16)},
+        "flash backward 128 packed on sm_80": {"3.6": (16, 16), "3.9": (16, 16)},
+        "flash backward 128 packed on sm_90a": {"3.9": (72, 40)},
+        "flash backward 256 on sm_80": {"3.6": (24, 16), "3.9": (40, 24)},
+        "flash backward 256 on sm_90a": {"3.9": (544, 264)},
+        "flash backward 64 all on sm_90a": {"3.6": (16, 16), "3.9": (144, 72)},
+        "flash backward 64 full on sm_90a": {"3.9": (16, 16)},
+        "flash backward 64 packed on sm_90a": {"3.9": (56, 32)},
+    },
+    "flash_dq_kernel": {
+        "flash backward 128 all on sm_90a": {"3.6": (32, 24), "3.9": (32, 24)},
+        "flash backward 256 on sm_90a": {"3.6": (40, 24), "3.9": (56, 24)},
+    },
+    "flash_forward_kernel": {
+        "flash 128 causal on sm_80": {"3.6": (80, 24), "3.9": (112, 40)},
+        "flash 128 full on sm_80": {"3.9": (48, 16)},
+        "flash 128 packed on sm_80": {"3.6": (80, 24), "3.9": (80, 24)},
+        "flash 128 packed on sm_90a": {"3.6": (48, 32), "3.9": (176, 64)},
+        "flash 128 sinks on sm_80": {"3.6": (80, 24), "3.9": (112, 40)},
+        "flash 128 window on sm_80": {"3.9": (120, 32)},
+        "flash 256 on sm_90a": {"3.6": (184, 88), "3.9": (248, 88)},
+    },
+    "flash_hopper_kernel": {
+        "flash 128 causal on sm_90a": {"3.6": (32, 16), "3.9": (912, 176)},
+        "flash 128 full on sm_90a": {"3.9": (536, 144)},
+        "flash 128 ping-pong on sm_90a": {"3.6": (40, 24), "3.9": (944, 184)},
+        "flash 128 sinks on sm_90a": {"3.6": (32, 16), "3.9": (912, 176)},
+        "flash 64 causal on sm_90a": {"3.6": (16, 16), "3.9": (96, 32)},
+        "flash 64 sinks on sm_90a": {"3.6": (16, 16), "3.9": (96, 32)},
+    },
+    "lightning_scan_kernel": {
+        "lightning 128 cut on sm_80": {"3.6": (184, 96), "3.9": (184, 96)},
+        "lightning 128 cut on sm_90a": {"3.6": (200, 104), "3.9": (200, 104)},
+        "lightning 128 packed on sm_80": {"3.6": (184, 96), "3.9": (184, 96)},
+        "lightning 128 packed on sm_90a": {"3.6": (208, 104), "3.9": (208, 104)},
+        "lightning 128 whole on sm_80": {"3.6": (120, 64), "3.9": (120, 64)},
+        "lightning 128 whole on sm_90a": {"3.6": (328, 160), "3.9": (376, 192)},
+        "lightning backward 128 on sm_80": {"3.6": (256, 136), "3.9": (256, 136)},
+        "lightning backward 128 on sm_90a": {"3.6": (200, 104), "3.9": (232, 128)},
+    },
+    "list_attention_kernel": {
+        "topk attention latent on sm_90a": {"3.6": (544, 264), "3.9": (856, 416)},
+        "topk attention latent decode on sm_80": {"3.6": (48, 24), "3.9": (48, 24)},
+        "topk attention latent decode on sm_90a": {"3.6": (544, 264), "3.9": (872, 416)},
+        "topk attention wide on sm_80": {"3.6": (248, 96), "3.9": (272, 96)},
+        "topk attention wide on sm_90a": {"3.6": (168, 64), "3.9": (272, 120)},
+    },
+    "range_attention_kernel": {
+        "star context 128 on sm_90a": {"3.9": (200, 96)},
+        "window sparse 128 on sm_90a": {"3.6": (32, 24), "3.9": (224, 104)},
+        "window sparse 128 by head on sm_90a": {"3.6": (32, 24), "3.9": (224, 104)},
+    },
+    "row_threshold_kernel": {
+        "index topk large on sm_90a": {"3.9": (0, 16)},
+    },
+    "score_backward_keys_kernel": {
+        "index backward on sm_90a": {"3.9": (96, 40)},
+    },
+    "star_query_kernel": {
+        "star query 128 chained on sm_80": {"3.9": (16, 16)},
+        "star query 128 chained on sm_90a": {"3.6": (72, 40), "3.9": (208, 104)},
+    },
+    "stripe_attention_kernel": {
+        "stripe sparse 128 on sm_80": {"3.6": (176, 72), "3.9": (176, 72)},
+    },
+    "token_set_attention_kernel": {
+        "token sparse 128 on sm_80": {"3.6": (72, 40), "3.9": (64, 40)},
+        "token sparse 128 on sm_90a": {"3.9": (48, 32)},
+    },
+    "topk_segment_kernel": {
+        "index topk on sm_80": {"3.6": (2536, 960), "3.9": (3064, 1088)},
+        "index topk on sm_90a": {"3.6": (2504, 928), "3.9": (2528, 920)},
+    },
+}
+"""Most bytes of spills, stores and loads together, and of stack: what was measured and a little.
+
+The top-k of segments trades spills for a second program a multiprocessor (its ``maxnreg``).
+"""
+
+SERIALIZED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "block_attention_kernel": {
+        "block sparse 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+        "block sparse 64 on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+        "block sparse 64 of 64 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+    },
+    "flash_dq_kernel": {
+        "flash backward 64 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+    },
+    "flash_forward_kernel": {
+        "flash 128 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+        "flash 128 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+        "flash 64 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+        "flash 64 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+    },
+    "list_attention_kernel": {
+        "topk attention latent on sm_90a": {"3.6": "C7511", "3.9": "C7511"},
+        "topk attention latent decode on sm_90a": {"3.6": "C7511", "3.9": "C7511"},
+    },
+    "range_attention_kernel": {
+        "star context 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+        "star context 64 on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+        "window sparse 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+        "window sparse 128 by head on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+        "window sparse 64 on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+        "window sparse 64 by head on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
+    },
+    "star_query_kernel": {
+        "star query 128 chained on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+    },
+    "stripe_attention_kernel": {
+        "stripe sparse 128 on sm_90a": {"3.9": "C7515"},
+        "stripe sparse 64 on sm_90a": {"3.9": "C7515"},
+    },
+    "token_set_attention_kernel": {
+        "token sparse 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+    },
+}
+"""The assembler's warning that the products of a warpgroup do not overlap.
+
+C7511: too few registers; C7513, C7515: other instructions write their inputs or accumulators.
+"""

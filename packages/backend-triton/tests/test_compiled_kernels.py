@@ -1,0 +1,208 @@
+"""Every kernel as the primitives launch it, compiled without a GPU: instructions and spills."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from longctx.testing.listings import (
+    TritonKernel,
+    assert_listing,
+    compile_kernel,
+    needs_compiler,
+)
+
+pytest.importorskip("triton")
+
+
+def table(name: str) -> ModuleType:
+    """Load a table beside this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+calls = table("compiled_table_calls")
+recorder = table("compiled_table_recorder")
+figures = table("compiled_table_figures")
+
+pytestmark = needs_compiler("triton")
+
+TRITON = "3.6" if version("triton").startswith("3.6.") else "3.9"
+"""Whose figures hold."""
+
+DOT = {"sm_80": ("mma", "cp.async"), "sm_90a": ("wgmma", "cp.async")}
+AMPERE = {"sm_80": DOT["sm_80"]}
+HOPPER = {"sm_90a": DOT["sm_90a"]}
+GLUON = {"sm_90a": ("wgmma", "tma", "setmaxnreg")}
+NARROW = {"sm_80": ("mma", "cp.async"), "sm_90a": ("mma", "cp.async")}
+"""Too few rows for products of a warpgroup."""
+AMPERE_UNSTAGED = {"sm_80": ("mma",)}
+HOPPER_UNSTAGED = {"sm_90a": ("wgmma",)}
+"""One stage: nothing is copied ahead."""
+PLAIN = {"sm_80": (), "sm_90a": ()}
+"""No products."""
+
+DOUBLE = ("head_mean_kernel", "keep_count_kernel")
+"""Kernels that count in double precision, so that the order of sums does not matter."""
+
+OVERLAPPED = "wgmma.wait_group.sync.aligned 1"
+"""A product is awaited while the next one runs."""
+FP8_PRODUCT = ".f32.e4m3.e4m3"
+FP8_CASES = (
+    "flash 64 fp8",
+    "flash 128 fp8",
+    "index scores fp8",
+    "index scores fp8 one token",
+)
+"""Where fp8 is multiplied as it is, from sm_89 on."""
+
+TABLE = (
+    # kernel, instructions, cases, further cases that take longer
+    ("flash_hopper_kernel", GLUON, "flash 64 causal; flash 128 causal; flash 128 full",
+     "flash 64 full; flash 64 sinks; flash 128 sinks; flash 128 ping-pong"),
+    ("flash_forward_kernel", AMPERE, "flash 128 causal",
+     "flash 64 causal; flash 64 full; flash 64 packed; flash 128 full; flash 128 sinks; "
+     "flash 128 packed; flash 128 fp8"),
+    ("flash_forward_kernel", HOPPER, "flash 64 packed; flash 128 packed; flash 128 fp8", ""),
+    ("flash_forward_kernel", DOT, "flash 128 all",
+     "flash 64 window; flash 64 all; flash 64 fp8; flash 128 window; flash 256"),
+    ("flash_delta_kernel", PLAIN, "flash backward 128 causal",
+     "flash backward 64 all; flash backward 256"),
+    ("flash_dq_kernel", DOT, "flash backward 128 causal",
+     "flash backward 64 causal; flash backward 64 full; flash backward 64 packed; "
+     "flash backward 64 all; flash backward 128 full; flash backward 128 packed; "
+     "flash backward 128 all"),
+    ("flash_dq_kernel", AMPERE_UNSTAGED, "", "flash backward 256"),
+    ("flash_dq_kernel", HOPPER, "", "flash backward 256"),
+    ("flash_dkdv_kernel", DOT, "flash backward 128 causal",
+     "flash backward 64 causal; flash backward 64 full; flash backward 64 packed; "
+     "flash backward 64 all; flash backward 128 full; flash backward 128 packed; "
+     "flash backward 128 all"),
+    ("flash_dkdv_kernel", AMPERE_UNSTAGED, "", "flash backward 256"),
+    ("flash_dkdv_kernel", HOPPER_UNSTAGED, "", "flash backward 256"),
+    ("decode_kernel", NARROW, "decode 128 paged; decode 128 fp8",
+     "decode 64 paged; decode 64 dense; decode 64 fp8; decode 64 window; decode 128 full batch; "
+     "decode 128 dense; decode 128 window; decode 256"),
+    ("decode_kernel", DOT, "decode 128 tokens", "decode 64 tokens"),
+    ("merge_splits_kernel", PLAIN, "decode 128 paged", "decode 64 paged; decode 128 window"),
+    ("merge_kernel", PLAIN, "merge 128", "merge 64"),
+    ("lightning_state_kernel", DOT, "lightning 128 cut",
+     "lightning 64 cut; lightning 128 packed; lightning backward 64; lightning backward 128"),
+    ("lightning_scan_kernel", DOT, "lightning 128 cut; lightning 64 cut",
+     "lightning 64 packed; lightning 128 packed; lightning 64 whole; lightning 128 whole; "
+     "lightning backward 64; lightning backward 128"),
+    ("lightning_decode_kernel", PLAIN, "lightning decode 128", "lightning decode 64"),
+    ("block_attention_kernel", DOT, "block sparse 128",
+     "block sparse 64; block sparse 64 of 64; block sparse 128 of 64"),
+    ("range_attention_kernel", DOT, "window sparse 128; star context 128",
+     "window sparse 64; window sparse 64 by head; window sparse 128 by head; star context 64"),
+    ("scatter_stripes_kernel", PLAIN, "stripe sparse 128", ""),
+    ("stripe_index_kernel", PLAIN, "stripe sparse 128", ""),
+    ("stripe_attention_kernel", DOT, "stripe sparse 128", "stripe sparse 64"),
+    ("star_query_kernel", DOT, "star query 128 chained", "star query 64 chained"),
+    ("star_query_kernel", NARROW, "star query 128 parts", "star query 64 parts"),
+    ("merge_parts_kernel", PLAIN, "star query 128 parts",
+     "star query 64 parts; topk attention latent decode"),
+    ("statistics_kernel", DOT, "token scores 128", "token scores 64"),
+    ("merge_statistics_kernel", PLAIN, "token scores 128", ""),
+    ("share_kernel", DOT, "token scores 128", "token scores 64"),
+    ("pool_kernel", PLAIN, "token scores 128", ""),
+    ("head_mean_kernel", PLAIN, "select tokens", ""),
+    ("keep_count_kernel", PLAIN, "select tokens", ""),
+    ("row_threshold_kernel", PLAIN, "select tokens", "index topk large"),
+    ("row_emit_kernel", PLAIN, "select tokens", "index topk large"),
+    ("token_set_attention_kernel", DOT, "token sparse 128", "token sparse 64"),
+    ("quantize_kernel", PLAIN, "quantize", "quantize ue8m0"),
+    ("index_score_kernel", DOT, "index scores; index scores fp8",
+     "index scores fp8 one token; index scores ranged; index topk"),
+    ("score_backward_queries_kernel", DOT, "index backward", ""),
+    ("score_backward_keys_kernel", DOT, "index backward", ""),
+    ("topk_segment_kernel", PLAIN, "index topk", ""),
+    ("list_attention_kernel", NARROW, "topk attention 128",
+     "topk attention 64; topk attention 64 pages; topk attention 128 pages"),
+    ("list_attention_kernel", AMPERE_UNSTAGED, "topk attention wide", ""),
+    ("list_attention_kernel", {"sm_90a": NARROW["sm_90a"]}, "topk attention wide", ""),
+    ("list_attention_kernel", DOT, "topk attention latent", "topk attention latent decode"),
+)  # fmt: skip
+
+
+def rows() -> Iterator[object]:
+    """Yield kernel, case, architecture and instructions, one row a test."""
+    for kernel, instructions, always, further in TABLE:
+        for cases, marks in ((always, ()), (further, (pytest.mark.slow,))):
+            for case in filter(None, cases.split("; ")):
+                for arch, kinds in instructions.items():
+                    name = f"{kernel} in {case} on {arch}"
+                    yield pytest.param(kernel, case, arch, kinds, marks=marks, id=name)
+
+
+def known(figures: Mapping[str, Any], kernel: str, case: str, arch: str) -> Any:
+    """Return the figure of a row under this Triton, or None."""
+    return figures.get(kernel, {}).get(f"{case} on {arch}", {}).get(TRITON)
+
+
+@cache
+def launches(case: str, arch: str) -> tuple[TritonKernel, ...]:
+    """Return what a case launches, each variant of a kernel once."""
+    with recorder.recording(recorder.DEVICES[arch]) as found:
+        calls.CASES[case]()
+    return tuple(found)
+
+
+@pytest.mark.parametrize(("kernel", "case", "arch", "kinds"), list(rows()))
+def test_listing(kernel, case, arch, kinds):
+    variants = [k for k in launches(case, arch) if k.source.endswith(f":{kernel}")]
+    assert variants, f"{case} does not launch {kernel}"
+    spills, stack = known(figures.SPILLS, kernel, case, arch) or (0, 0)
+    warning = known(figures.SERIALIZED, kernel, case, arch)
+    unwanted = {"wgmma": ("mma",), "mma": ("wgmma",)}.get(kinds[0] if kinds else "", ("mma",))
+    for variant in variants:
+        listing = compile_kernel(variant, arch)
+        assert_listing(
+            listing,
+            expected=kinds,
+            forbidden=(*unwanted, *(() if kernel in DOUBLE else ("fp64",))),
+            max_spill_bytes=spills,
+            max_stack_bytes=stack,
+            allowed_warnings=[warning] if warning else [],
+        )
+        if kernel == "flash_hopper_kernel":
+            assert OVERLAPPED in listing.ptx
+        if case in FP8_CASES and arch == "sm_90a":
+            assert FP8_PRODUCT in listing.ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in calls.CASES if " 64" not in case])
+def test_shared_memory_is_enough_on_sm_89(case):
+    for variant in launches(case, "sm_89"):
+        listing = compile_kernel(variant, "sm_89")
+        # no figures are kept here: spills are slow, too much shared memory does not launch
+        assert_listing(listing, max_spill_bytes=1 << 16)
+        if case in FP8_CASES:
+            assert FP8_PRODUCT in listing.ptx
+
+
+def test_every_kernel_has_a_row():
+    assert {row[0] for row in TABLE} == set(recorder.backend_kernels())
+
+
+def test_every_figure_has_a_row():
+    rows_with_figures = {
+        (kernel, row)
+        for known_figures in (figures.SPILLS, figures.SERIALIZED)
+        for kernel, listed in known_figures.items()
+        for row in listed
+    }
+    assert rows_with_figures <= {
+        (kernel, f"{case} on {arch}") for kernel, case, arch, _ in (row.values for row in rows())
+    }
