@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from longctx.torch_backend._sdpa import positive_scale
+
 __all__ = ["cudnn_chosen", "cudnn_kernel", "flash_kernel", "flash_kernel_runs"]
 
 MAX_HEAD_DIM = 256
@@ -64,6 +66,7 @@ def flash_kernel(
     lse : Tensor, (batch, q_heads, q_len), contiguous, float32
     """
     value_dim = v.shape[3]
+    q, scale = positive_scale(q, scale)
     width = -(-max(q.shape[3], value_dim) // 8) * 8
     q, k, v = (
         t if t.shape[3] == width else torch.nn.functional.pad(t, (0, width - t.shape[3]))
@@ -111,6 +114,7 @@ def cudnn_kernel(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend to every key, or causally with ``q_len == k_len``; see `flash_kernel`."""
+    q, scale = positive_scale(q, scale)
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *heads_first, None, True, 0.0, causal, False, scale=scale

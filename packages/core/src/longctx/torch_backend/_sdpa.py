@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "fused"]
+__all__ = ["attend", "fused", "positive_scale"]
 
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -51,9 +51,10 @@ def attend(
     appended: the kernels know one head size.
     """
     value_dim = v.shape[3]
-    if scale <= 0:  # the kernels multiply by it what is masked with -inf already
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     q, k, v = _same_width(q, k, v)
+    if q.device.type == "cuda":
+        q, k, v = (_within_32_bits(t) for t in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     if groups == 1 or (q.device.type == "cpu" and _CPU_SHARES_HEADS):
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -62,6 +63,26 @@ def attend(
     else:
         out, lse = _grouped(q, k, v, groups, causal, scale, mask)
     return out[..., :value_dim].contiguous(), lse.contiguous()
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return queries and a scale above 0 with the same scores.
+
+    The kernels scale row maxima, and scores that are masked with -inf already.
+    """
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+
+
+def _within_32_bits(t: Tensor) -> Tensor:
+    """Return ``[batch, len, heads, dim]`` whose heads each span fewer than 2**31 elements.
+
+    The fp32 kernel of CUDA steps from key to key in 32 bits.
+    """
+    if t.shape[1] * t.stride(1) < 2**31:
+        return t
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
