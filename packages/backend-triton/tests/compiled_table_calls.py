@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longctx_triton import block_sparse, decode, dsa, flash, lightning, star, token_sparse
-from longctx_triton.launch import flash_hopper
+from longctx_triton.launch import flash_hopper, mla_hopper
 
 __all__ = ["CASES"]
 
@@ -152,6 +152,13 @@ def topk_attention_case(
     )  # fmt: skip
 
 
+def latent_hopper_case(*, tokens: int = 512, least: int = 1) -> None:
+    """Attend over lists of latent keys with the Hopper kernel, or without from ``least`` heads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mla_hopper, "LEAST_HEADS", least)
+        topk_attention_case(576, 512, latent=True, tokens=tokens)
+
+
 def quantize_case(scale_format: str) -> None:
     """Quantise rows of 128 channels."""
     dsa.quantize_forward(fake(2, LENGTH, 64, 128), scale_format=scale_format)
@@ -235,8 +242,10 @@ CASES: dict[str, Callable[[], None]] = {
     "index backward": index_backward_case,
     "index topk": partial(index_topk_case, 2048, 100_001),
     "index topk large": partial(index_topk_case, 8192, 100_001),
-    "topk attention latent": partial(topk_attention_case, 576, 512, latent=True),
-    "topk attention latent decode": partial(topk_attention_case, 576, 512, latent=True, tokens=1),
+    "topk attention latent": partial(latent_hopper_case, least=128),
+    "topk attention latent decode": partial(latent_hopper_case, least=128, tokens=1),
+    "topk attention latent hopper": latent_hopper_case,
+    "topk attention latent hopper decode": partial(latent_hopper_case, tokens=1),
     "topk attention wide": partial(topk_attention_case, 576, 512),
     "quantize": partial(quantize_case, "fp32"),
     "quantize ue8m0": partial(quantize_case, "ue8m0"),

@@ -49,6 +49,10 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "flash 64 causal on sm_90a": {"3.6": (16, 16), "3.9": (96, 32)},
         "flash 64 sinks on sm_90a": {"3.6": (16, 16), "3.9": (96, 32)},
     },
+    "latent_hopper_kernel": {
+        "topk attention latent hopper on sm_90a": {"3.6": (32, 24), "3.9": (400, 128)},
+        "topk attention latent hopper decode on sm_90a": {"3.6": (24, 16)},
+    },
     "lightning_scan_kernel": {
         "lightning 128 cut on sm_80": {"3.6": (184, 96), "3.9": (184, 96)},
         "lightning 128 cut on sm_90a": {"3.6": (200, 104), "3.9": (200, 104)},
@@ -60,9 +64,9 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "lightning backward 128 on sm_90a": {"3.6": (200, 104), "3.9": (232, 128)},
     },
     "list_attention_kernel": {
-        "topk attention latent on sm_90a": {"3.6": (544, 264), "3.9": (856, 416)},
-        "topk attention latent decode on sm_80": {"3.6": (48, 24), "3.9": (48, 24)},
-        "topk attention latent decode on sm_90a": {"3.6": (544, 264), "3.9": (872, 416)},
+        "topk attention latent on sm_90a": {"3.6": (80, 40), "3.9": (516, 248)},
+        "topk attention latent decode on sm_80": {"3.6": (48, 24), "3.9": (40, 16)},
+        "topk attention latent decode on sm_90a": {"3.6": (164, 72), "3.9": (524, 256)},
         "topk attention wide on sm_80": {"3.6": (248, 96), "3.9": (272, 96)},
         "topk attention wide on sm_90a": {"3.6": (168, 64), "3.9": (272, 120)},
     },
@@ -112,10 +116,6 @@ SERIALIZED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "flash 128 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
         "flash 64 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
         "flash 64 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-    },
-    "list_attention_kernel": {
-        "topk attention latent on sm_90a": {"3.6": "C7511", "3.9": "C7511"},
-        "topk attention latent decode on sm_90a": {"3.6": "C7511", "3.9": "C7511"},
     },
     "range_attention_kernel": {
         "star context 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},

@@ -43,6 +43,7 @@ DOT = {"sm_80": ("mma", "cp.async"), "sm_90a": ("wgmma", "cp.async")}
 AMPERE = {"sm_80": DOT["sm_80"]}
 HOPPER = {"sm_90a": DOT["sm_90a"]}
 GLUON = {"sm_90a": ("wgmma", "tma", "setmaxnreg")}
+GATHERING_GLUON = {"sm_90a": ("wgmma", "cp.async", "setmaxnreg")}
 NARROW = {"sm_80": ("mma", "cp.async"), "sm_90a": ("mma", "cp.async")}
 """Too few rows for products of a warpgroup."""
 AMPERE_UNSTAGED = {"sm_80": ("mma",)}
@@ -132,6 +133,8 @@ TABLE = (
     ("list_attention_kernel", AMPERE_UNSTAGED, "topk attention wide", ""),
     ("list_attention_kernel", {"sm_90a": NARROW["sm_90a"]}, "topk attention wide", ""),
     ("list_attention_kernel", DOT, "topk attention latent", "topk attention latent decode"),
+    ("latent_hopper_kernel", GATHERING_GLUON, "topk attention latent hopper",
+     "topk attention latent hopper decode"),
 )  # fmt: skip
 
 

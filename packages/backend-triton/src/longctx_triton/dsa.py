@@ -17,6 +17,7 @@ from longctx_triton.kernels.topk_attention import list_attention_kernel
 from longctx_triton.launch.dsa_tiles import index_backward_tiles, list_tiles
 from longctx_triton.launch.index_scores import bounds_or, score_rows
 from longctx_triton.launch.index_topk import index_topk_forward
+from longctx_triton.launch.mla_hopper import latent_forward, latent_takes
 from longctx_triton.launch.sparse_tiles import architecture, padded, processors, signed_scale
 
 __all__ = [
@@ -152,6 +153,9 @@ def topk_attention_forward(
     if out.numel() == 0:
         return out, lse
     arch = architecture(q)
+    if arch == (9, 0) and latent_takes(q, k, v, page_size, scale):
+        latent_forward(q, k, indices, out, lse, scale=scale, sinks=sinks, processors=processors(q))
+        return out, lse
     group = heads // kv_heads
     main = max(16, 1 << (dim.bit_length() - 1))
     one_row = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and value_dim == main

@@ -104,12 +104,12 @@ def list_attention_kernel(
     if D < MAIN:
         m_q = m_q & (o_d < D)[None, :]
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
-    b_q = (b_q.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [BM, MAIN]
+    b_q = b_q.to(k.dtype.element_ty)  # [BM, MAIN]
     if REST > 0:
         o_e = tl.arange(0, BLOCK_REST)
         m_e = m_g[:, None] & (o_e < REST)[None, :]
         b_qr = tl.load(p_q[:, None] + MAIN + o_e[None, :], mask=m_e, other=0.0)
-        b_qr = (b_qr.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [BM, BLOCK_REST]
+        b_qr = b_qr.to(k.dtype.element_ty)  # [BM, BLOCK_REST]
     h64 = i_h.to(tl.int64)
     p_k = k + i_b * s_kb + h64 * s_kh
     p_v = v + i_b * s_vb + h64 * s_vh
@@ -124,7 +124,7 @@ def list_attention_kernel(
         if REST > 0:
             b_kr = load_rows(p_k + MAIN, b_n, s_kn, m_n, REST, BLOCK_REST)
             b_s = tl.dot(b_qr, tl.trans(b_kr), b_s)
-        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_s = tl.where(m_n[None, :], b_s * q_factor, float("-inf"))
         b_v = b_k if ONE_ROW else load_rows(p_v, b_n, s_vn, m_n, DV, BLOCK_DV)  # [BN, DV]
         b_m, b_l, b_acc = add_tile(b_s, b_v, b_m, b_l, b_acc, scale_log2)
 
