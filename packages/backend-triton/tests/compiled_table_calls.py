@@ -75,24 +75,25 @@ def ping_pong_case(dim: int) -> None:
 
 def decode_case(
     dim: int, *, batch: int = 2, tokens: int = 1, paged: bool = True, fp8: bool = False,
-    window: int | None = None, softcap: float = 0.0,
+    window: int | None = None, softcap: float = 0.0, pages: int = 128,
 ) -> None:  # fmt: skip
     """Attend over a cache, in splits unless the batch fills the GPU."""
     cache = (512, 64, 8, dim) if paged else (batch, LENGTH, 8, dim)
     k, v = (fake(*cache, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16) for _ in "kv")
     decode.decode_forward(
         fake(batch, tokens, 32, dim), k, v, cache_seqlens=ints(batch),
-        page_table=ints(batch, 128) if paged else None, window_left=window, softcap=softcap,
+        page_table=ints(batch, pages) if paged else None, window_left=window, softcap=softcap,
         sinks=None if window is None else floats(32), scale=0.1,
         k_scale=floats(8) if fp8 else None, v_scale=floats(8) if fp8 else None,
     )  # fmt: skip
 
 
 def lightning_case(
-    dim: int, *, batch: int = 1, heads: int = 16, packed: bool = False, backward: bool = False
-) -> None:
+    dim: int, *, batch: int = 1, heads: int = 16, tokens: int = 16384, packed: bool = False,
+    backward: bool = False,
+) -> None:  # fmt: skip
     """Scan; one sequence of 16 heads is cut, four of 64 are not."""
-    q, k, v = (fake(batch, 16384, heads, dim) for _ in "qkv")
+    q, k, v = (fake(batch, tokens, heads, dim) for _ in "qkv")
     state = floats(3 if packed else batch, heads, dim, dim)
     options: dict[str, Any] = {
         "scale": 0.1, "initial_state": state, "cu_seqlens": ints(4) if packed else None
@@ -218,9 +219,9 @@ def token_sparse_case(dim: int) -> None:
     token_sparse.token_sparse_forward(*heads_of(dim), ints(2, 32, LENGTH), ints(2, 32), scale=0.1)
 
 
-def merge_case(dim: int, dtype: torch.dtype) -> None:
+def merge_case(dim: int, dtype: torch.dtype, *, tokens: int = 7) -> None:
     """Merge four parts."""
-    decode.merge_forward(fake(4, 2, 7, 32, dim, dtype=dtype), floats(4, 2, 32, 7))
+    decode.merge_forward(fake(4, 2, tokens, 32, dim, dtype=dtype), floats(4, 2, 32, tokens))
 
 
 def lightning_decode_case(dim: int) -> None:

@@ -16,6 +16,14 @@ if INTERPRETED:
 collect_ignore_glob = [] if TRITON else ["test_*_kernels.py"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_tables_of_the_user(tmp_path_factory):
+    """Keep tiles that were tuned on this machine out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LONGCTX_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def device():
     """Return the device that kernels are tested on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from longctx.testing.listings import (
     TritonKernel,
@@ -193,6 +195,40 @@ def test_shared_memory_is_enough_on_sm_89(case):
         assert_listing(listing, max_spill_bytes=1 << 16)
         if case in FP8_CASES:
             assert FP8_PRODUCT in listing.ptx
+
+
+LENGTHS = (2000, 2048, 8192, 5003)
+"""Multiples of 16 and others; windows of 1024 hide something in all of them."""
+FURTHER = {
+    "decode paged": lambda length: calls.decode_case(128, pages=length // 16),
+    "lightning": lambda length: calls.lightning_case(128, batch=4, heads=66, tokens=length),
+    "merge": lambda length: calls.merge_case(128, torch.bfloat16, tokens=length),
+    "topk attention": lambda length: calls.topk_attention_case(128, 128, tokens=length),
+    "index scores": lambda length: calls.index_scores_case(tokens=length),
+}
+"""What the cases do at a length of their own."""
+BY_SPLITS = {"merge_splits_kernel": "BLOCK_S"}
+"""A power of two for the number of splits, of which there are four."""
+
+
+@pytest.mark.parametrize("case", [*calls.CASES, *FURTHER])
+def test_a_new_length_compiles_nothing(case, monkeypatch):
+    """The sequence length enters neither types, nor alignment, nor constants."""
+    found = []
+    for length in LENGTHS:
+        monkeypatch.setattr(calls, "LENGTH", length)
+        with recorder.recording(recorder.DEVICES["sm_90a"]) as launched:
+            FURTHER.get(case, lambda _: calls.CASES[case]())(length)
+        found.append([without_splits(kernel) for kernel in launched])
+    for later in found[1:]:
+        assert later == found[0]
+
+
+def without_splits(kernel: TritonKernel) -> TritonKernel:
+    """Return the kernel without constants that depend on the number of splits."""
+    kept = dict(kernel.constexprs)
+    kept.pop(BY_SPLITS.get(kernel.source.rpartition(":")[2]), None)
+    return replace(kernel, constexprs=kept)
 
 
 def test_every_kernel_has_a_row():

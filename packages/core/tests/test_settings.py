@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from longctx.settings import SETTINGS, budget_bytes, number
+from longctx.settings import SETTINGS, budget_bytes, cache_dir, number
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -29,3 +31,16 @@ def test_what_is_no_number_is_refused_by_name(monkeypatch, name, text):
 def test_unknown_setting():
     with pytest.raises(LookupError, match="did you mean 'LONGCTX_INDEX_BUDGET_MIB'"):
         number("LONGCTX_INDEX_BUDGET_MB")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    for name in ("LONGCTX_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "longctx"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_dir() == tmp_path / ".cache" / "longctx"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_dir() == Path("/somewhere/longctx")
+    monkeypatch.setenv("LONGCTX_CACHE_DIR", "~/own")
+    assert cache_dir() == tmp_path / "own"

@@ -12,12 +12,13 @@ from longctx_triton.kernels.stripes import (
     stripe_attention_kernel,
     stripe_index_kernel,
 )
+from longctx_triton.launch.device import device_of
+from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import (
-    architecture,
-    attention_tiles,
-    padded,
+    block_tiles,
     signed_scale,
     stripe_tile,
+    window_tiles,
 )
 
 __all__ = ["block_sparse_forward", "stripe_sparse_forward", "window_sparse_forward"]
@@ -53,7 +54,7 @@ def block_sparse_forward(
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    tiles = attention_tiles(head_dim, value_dim, architecture(q), min(block_q, q_len))
+    tiles = block_tiles(head_dim, value_dim, device_of(q.device).arch, min(block_q, q_len))
     queries, keys = tiles.queries, tiles.keys
     # a key block that is no multiple of the tile's is walked in smaller tiles, or gathered
     while block_k % keys and keys > 64:
@@ -91,7 +92,7 @@ def window_sparse_forward(
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    tiles = attention_tiles(head_dim, value_dim, architecture(q), q_len)
+    tiles = window_tiles(head_dim, value_dim, device_of(q.device).arch, q_len)
     scale_log2, q_factor = signed_scale(scale)
     row_tiles = -(-q_len // tiles.queries)
     range_attention_kernel[(batch * heads * row_tiles,)](
@@ -125,8 +126,7 @@ def stripe_sparse_forward(
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    arch = architecture(q)
-    tile = stripe_tile(head_dim, value_dim, arch)
+    tile = stripe_tile(head_dim, value_dim, device_of(q.device).arch)
     sets_a_batch, n_vertical, n_slash = vertical.shape[1], vertical.shape[2], slash.shape[2]
     sets = batch * sets_a_batch
     groups = -(-k_len // tile.queries) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from longctx_triton.kernels.decode import decode_kernel
 from longctx_triton.kernels.merge import merge_kernel, merge_splits_kernel
 from longctx_triton.launch.decode_splits import split_keys
 from longctx_triton.launch.device import Device, device_of
+from longctx_triton.launch.tuning import tuned
 
 __all__ = ["decode_forward", "merge_forward"]
 
@@ -123,7 +123,7 @@ def merge_forward(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@lru_cache(maxsize=256)
+@tuned("decode", apart=("rows",))
 def _tiles(
     rows: int, head_dim: int, value_dim: int, itemsize: int, paged: bool, device: Device
 ) -> _Tiles:

@@ -14,11 +14,13 @@ from longctx_triton.kernels.index_scores_backward import (
 from longctx_triton.kernels.merge_parts import merge_parts
 from longctx_triton.kernels.quantize import quantize_kernel
 from longctx_triton.kernels.topk_attention import list_attention_kernel
+from longctx_triton.launch.device import device_of
 from longctx_triton.launch.dsa_tiles import index_backward_tiles, list_tiles
 from longctx_triton.launch.index_scores import bounds_or, score_rows
 from longctx_triton.launch.index_topk import index_topk_forward
 from longctx_triton.launch.mla_hopper import latent_forward, latent_takes
-from longctx_triton.launch.sparse_tiles import architecture, padded, processors, signed_scale
+from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.sparse_tiles import signed_scale
 
 __all__ = [
     "index_scores_backward",
@@ -48,7 +50,7 @@ def quantize_forward(x: Tensor, *, scale_format: str) -> tuple[Tensor, Tensor]:
     dim, rows = x.shape[-1], scales.numel()
     block = padded(dim)
     tile = max(1, 4096 // block)
-    hardware = architecture(x) >= (8, 9)
+    hardware = device_of(x.device).arch >= (8, 9)
     quantize_kernel[(-(-rows // tile),)](
         x, values if hardware else values.view(torch.uint8), scales, *strides,
         rows, sizes[1], sizes[2], D=dim, BLOCK_D=block, BLOCK_R=tile,
@@ -111,7 +113,7 @@ def index_scores_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=q.device)
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=q.device)
-    tiles = index_backward_tiles(heads, dim, architecture(q))
+    tiles = index_backward_tiles(heads, dim, device_of(q.device).arch)
     ranged, start, end = bounds_or(dscores, key_start, key_end)
     inputs = (dscores, q, k, weights, start, end)
     strides = (
@@ -152,20 +154,22 @@ def topk_attention_forward(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    arch = architecture(q)
-    if arch == (9, 0) and latent_takes(q, k, v, page_size, scale):
-        latent_forward(q, k, indices, out, lse, scale=scale, sinks=sinks, processors=processors(q))
+    device = device_of(q.device)
+    if device.arch == (9, 0) and latent_takes(q, k, v, page_size, scale):
+        latent_forward(
+            q, k, indices, out, lse, scale=scale, sinks=sinks, processors=device.processors
+        )
         return out, lse
     group = heads // kv_heads
     main = max(16, 1 << (dim.bit_length() - 1))
     one_row = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and value_dim == main
-    tiles = list_tiles(group, main, padded(value_dim), one_row, arch)
+    tiles = list_tiles(group, main, padded(value_dim), one_row, device.arch)
     head_tiles = -(-group // tiles.heads)
     programs = batch * q_len * kv_heads * head_tiles
     slots = indices.shape[3] * page_size
     list_blocks = max(1, -(-slots // tiles.keys))
-    wanted = min(-(-2 * processors(q) // programs), -(-list_blocks // 2))
-    wanted = wanted if programs < processors(q) else 1
+    wanted = min(-(-2 * device.processors // programs), -(-list_blocks // 2))
+    wanted = wanted if programs < device.processors else 1
     span = -(-list_blocks // wanted) * tiles.keys
     parts = max(1, -(-slots // span))
     part_out, part_lse = out, lse

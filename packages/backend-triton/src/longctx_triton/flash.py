@@ -18,7 +18,8 @@ from longctx_triton.kernels.flash_backward import (
 )
 from longctx_triton.kernels.flash_forward import flash_forward_kernel
 from longctx_triton.launch.device import Device, device_of
-from longctx_triton.launch.flash import backward_tiles, forward_tiles
+from longctx_triton.launch.flash import dkdv_tiles, dq_tiles, forward_tiles
+from longctx_triton.launch.sizes import padded
 
 __all__ = ["flash_backward", "flash_forward"]
 
@@ -79,7 +80,7 @@ def flash_forward(
                 section=section, processors=device.processors,
             )  # fmt: skip
             return out, lse
-    block_d, block_v = _padded(head_dim), _padded(value_dim)
+    block_d, block_v = padded(head_dim), padded(value_dim)
     tiles = forward_tiles(device, max(block_d, block_v), plain)
     mode = ""
     if fp8:
@@ -134,9 +135,10 @@ def flash_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     left, right = _band(causal, window_left, window_right, q_len, k_len)
     device = device_of(q.device)
-    block_d, block_v = _padded(head_dim), _padded(value_dim)
+    block_d, block_v = padded(head_dim), padded(value_dim)
     plain = left is None and softcap == 0
-    dq_tiles, dkdv_tiles = backward_tiles(device, max(block_d, block_v), plain)
+    kind = (device, max(block_d, block_v), plain)
+    by_query, by_key = dq_tiles(*kind), dkdv_tiles(*kind)
     units = batch * q_heads
     row_tiles = -(-q_len // _DELTA_ROWS)
     delta, lse2 = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
@@ -160,23 +162,23 @@ def flash_backward(
         *_strides(dout), *_strides(out),
         VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_Q=_DELTA_ROWS, num_warps=4,
     )  # fmt: skip
-    count = _tile_count(k_len, cu_seqlens_k, dkdv_tiles.block_k)
+    count = _tile_count(k_len, cu_seqlens_k, by_key.block_k)
     flash_dkdv_kernel[(count * batch * kv_heads,)](
         dout, q, k, v, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k,
         scale, softcap, left or 0, right or 0,
         q_len, k_len, sequences, batch * kv_heads, kv_heads, group, count,
         min(batch * kv_heads, _fitting(device, q, dout, group)), *strides,
-        BLOCK_Q=dkdv_tiles.block_q, BLOCK_K=dkdv_tiles.block_k, **options,
-        num_warps=dkdv_tiles.num_warps, num_stages=dkdv_tiles.num_stages,
+        BLOCK_Q=by_key.block_q, BLOCK_K=by_key.block_k, **options,
+        num_warps=by_key.num_warps, num_stages=by_key.num_stages,
     )  # fmt: skip
-    count = _tile_count(q_len, cu_seqlens_q, dq_tiles.block_q)
+    count = _tile_count(q_len, cu_seqlens_q, by_query.block_q)
     flash_dq_kernel[(count * units,)](
         dout, q, k, v, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k,
         scale, softcap, left or 0, right or 0,
         q_len, k_len, sequences, units, q_heads, group, count,
         min(units, group * _fitting(device, k, v)), *strides,
-        BLOCK_Q=dq_tiles.block_q, BLOCK_K=dq_tiles.block_k, **options,
-        num_warps=dq_tiles.num_warps, num_stages=dq_tiles.num_stages,
+        BLOCK_Q=by_query.block_q, BLOCK_K=by_query.block_k, **options,
+        num_warps=by_query.num_warps, num_stages=by_query.num_stages,
     )  # fmt: skip
     return dq, dk, dv, None if parts is None else parts.sum(0)
 
@@ -194,10 +196,6 @@ def _band(
 
 def _portable_wanted() -> bool:
     return os.environ.get("LONGCTX_TRITON_FLASH", "").strip().lower() == "portable"
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _tile_count(length: int, ends: Tensor | None, block: int) -> int:

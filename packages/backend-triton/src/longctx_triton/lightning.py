@@ -8,7 +8,6 @@ Forward and backward are the same scan: with ``(q, k, v)`` replaced by ``(dout, 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from longctx_triton.kernels.lightning_decode import lightning_decode_kernel
 from longctx_triton.kernels.lightning_scan import lightning_scan_kernel, lightning_state_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.lightning_segments import cut_sequence
+from longctx_triton.launch.tuning import tuned
 
 __all__ = ["lightning_backward", "lightning_decode_forward", "lightning_forward"]
 
@@ -168,7 +168,7 @@ def _scan(
     return out
 
 
-@lru_cache(maxsize=256)
+@tuned("lightning", apart=("runs",))
 def _tiles(head_dim: int, value_dim: int, runs: int, device: Device) -> _Tiles:
     """Choose tiles for ``runs`` independent scans."""
     block_k, block_v = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))

@@ -16,7 +16,7 @@ from longctx import (
 )
 from longctx.probes import distribution_version, missing_cuda, missing_library
 
-__all__ = ["longctx_backends", "missing"]
+__all__ = ["interpreting", "longctx_backends", "missing"]
 
 _INSTALL = 'pip install "triton>=3.6,<3.10"'
 
@@ -30,10 +30,11 @@ def missing() -> tuple[Reason, ...]:
     With ``TRITON_INTERPRET=1`` kernels run on the CPU, and neither driver nor GPU is wanted.
     """
     reasons = missing_library("triton", _INSTALL) or _unfit_version()
-    return reasons if _interpreting() else (*reasons, *missing_cuda())
+    return reasons if interpreting() else (*reasons, *missing_cuda())
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Return whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
@@ -56,7 +57,7 @@ def _load() -> Backend:
     primitives = {
         name: launched(getattr(family, name)) for family in families for name in family.__all__
     }
-    return BackendBase(interpreted(SUPPORT) if _interpreting() else SUPPORT, primitives)
+    return BackendBase(interpreted(SUPPORT) if interpreting() else SUPPORT, primitives)
 
 
 @hookimpl

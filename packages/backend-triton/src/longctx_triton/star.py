@@ -10,13 +10,9 @@ from torch import Tensor
 from longctx_triton.kernels.key_range import range_attention_kernel
 from longctx_triton.kernels.merge_parts import merge_parts
 from longctx_triton.kernels.star_query import star_query_kernel
-from longctx_triton.launch.sparse_tiles import (
-    architecture,
-    attention_tiles,
-    padded,
-    processors,
-    signed_scale,
-)
+from longctx_triton.launch.device import device_of
+from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, star_tiles
 
 __all__ = ["star_context_forward", "star_query_forward"]
 
@@ -38,7 +34,7 @@ def star_context_forward(
     if out.numel() == 0:
         return out, lse
     block_size = min(block_size, k_len)
-    tiles = attention_tiles(head_dim, value_dim, architecture(q), min(block_size, q_len))
+    tiles = star_tiles(head_dim, value_dim, device_of(q.device).arch, min(block_size, q_len))
     scale_log2, q_factor = signed_scale(scale)
     origin = (k_len - q_len) // block_size * block_size
     tiles_a_block = -(-block_size // tiles.queries)
@@ -75,13 +71,13 @@ def star_query_forward(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    arch = architecture(q)
+    device = device_of(q.device)
     rows = q_len * (heads // kv_heads)
-    tiles = attention_tiles(q.shape[3], value_dim, arch, rows)
+    tiles = attention_tiles(q.shape[3], value_dim, device.arch, rows)
     units = batch * kv_heads * -(-rows // tiles.queries)
-    most_parts = -(-2 * processors(q) // units)
+    most_parts = -(-2 * device.processors // units)
     shards = [n for n, keys in enumerate(shard_keys) if keys.shape[1]]
-    if units >= processors(q) or (len(shards) == 1 and most_parts == 1):
+    if units >= device.processors or (len(shards) == 1 and most_parts == 1):
         _chain(q, shard_keys, shard_values, shards, query_shard, scale, out, lse)
         return out, lse
     parts, spans = [], []
@@ -141,7 +137,7 @@ def _attend_shard(
     batch, q_len, heads, head_dim = q.shape
     k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
     group = heads // kv_heads
-    tiles = attention_tiles(head_dim, value_dim, architecture(q), q_len * group)
+    tiles = attention_tiles(head_dim, value_dim, device_of(q.device).arch, q_len * group)
     scale_log2, q_factor = signed_scale(scale)
     star_query_kernel[(batch * kv_heads * -(-q_len * group // tiles.queries), parts)](
         q, k, v, *(result if past is None else past), *result,

@@ -16,14 +16,9 @@ from longctx_triton.kernels.token_scores import (
     share_kernel,
     statistics_kernel,
 )
-from longctx_triton.launch.sparse_tiles import (
-    SMALL_SHARED,
-    architecture,
-    attention_tiles,
-    padded,
-    processors,
-    signed_scale,
-)
+from longctx_triton.launch.device import SMALL_SHARED, device_of
+from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, token_tiles
 
 __all__ = ["select_tokens_forward", "token_scores_forward", "token_sparse_forward"]
 
@@ -37,13 +32,13 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     shares = torch.empty(batch, heads, prefix, dtype=torch.float32, device=device)
     if shares.numel() == 0:
         return shares
-    arch = architecture(q_recent)
-    rows = attention_tiles(head_dim, head_dim, arch, window * group)
-    columns = attention_tiles(head_dim, head_dim, arch, 64)
+    gpu = device_of(device)
+    rows = attention_tiles(head_dim, head_dim, gpu.arch, window * group)
+    columns = attention_tiles(head_dim, head_dim, gpu.arch, 64)
     units = batch * kv_heads
     row_tiles = -(-window * group // rows.queries)
     key_tiles = -(-k_len // rows.keys)
-    wanted = max(1, min(-(-2 * processors(q_recent) // (units * row_tiles)), key_tiles // 4))
+    wanted = max(1, min(-(-2 * gpu.processors // (units * row_tiles)), key_tiles // 4))
     span = -(-key_tiles // wanted) * rows.keys
     parts = -(-k_len // span)
     sums = torch.empty(batch, heads, parts, window, dtype=torch.float32, device=device)
@@ -51,7 +46,7 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     scale_log2, q_factor = signed_scale(scale)
     strides = (*q_recent.stride()[:3], *k.stride()[:3])
     shape = {"GROUP": group, "D": head_dim, "BLOCK_D": padded(head_dim)}
-    key_block = 32 if arch == (0, 0) else 64 if arch in SMALL_SHARED else 128
+    key_block = 32 if gpu.interpreted else 64 if gpu.arch in SMALL_SHARED else 128
     statistics_kernel[(units * row_tiles, parts)](
         q_recent, k, sums, *strides, window, k_len, units, kv_heads, span,
         scale_log2, q_factor, **shape, BM=rows.queries, BN=rows.keys,
@@ -109,7 +104,7 @@ def token_sparse_forward(
     lse = torch.full((batch, heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
     if out.numel() == 0 or indices.numel() == 0:
         return out, lse
-    tiles = attention_tiles(head_dim, value_dim, architecture(q), indices.shape[2])
+    tiles = token_tiles(head_dim, value_dim, device_of(q.device).arch, indices.shape[2])
     scale_log2, q_factor = signed_scale(scale)
     slot_tiles = -(-indices.shape[2] // tiles.queries)
     token_set_attention_kernel[(batch * heads * slot_tiles,)](

@@ -1,4 +1,4 @@
-"""Reading ``LONGCTX_*`` environment variables: numbers with their defaults and bounds, switches.
+"""Reading ``LONGCTX_*`` environment variables: bounded numbers, switches, a folder.
 
 They are read at each use, so that a process may change them between calls.
 """
@@ -9,10 +9,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from longctx.errors import nearest_name
 
-__all__ = ["SETTINGS", "Setting", "budget_bytes", "number", "switched_on"]
+__all__ = ["SETTINGS", "Setting", "budget_bytes", "cache_dir", "number", "switched_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +86,21 @@ def budget_bytes(name: str) -> int:
 def switched_on(name: str) -> bool:
     """Return whether a yes/no variable is set to anything but nothing, 0, false, no or off."""
     return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def cache_dir() -> Path:
+    """Return the folder of what can be made again; it need not exist.
+
+    That is ``LONGCTX_CACHE_DIR``, else ``longctx`` in ``XDG_CACHE_HOME`` or in ``~/.cache``.
+
+    Raises
+    ------
+    RuntimeError
+        If no variable is set and the user has no home folder.
+    """
+    own = os.environ.get("LONGCTX_CACHE_DIR", "").strip()
+    if own:
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # the XDG specification wants relative paths ignored
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "longctx"

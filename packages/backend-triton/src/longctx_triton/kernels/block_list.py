@@ -10,7 +10,11 @@ from longctx_triton.kernels.online_softmax import add_tile, load_rows, store_row
 __all__ = ["block_attention_kernel"]
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "capacity", "tiles_a_block", "s_cb", "s_ch"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "k_len", "capacity", "tiles_a_block", "s_cb", "s_ch", "s_ib", "s_ih", "s_in"
+    ]
+)  # fmt: skip
 def block_attention_kernel(
     q,
     k,

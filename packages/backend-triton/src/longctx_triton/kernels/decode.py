@@ -53,7 +53,11 @@ def softcapped(b_s, softcap):
     return softcap * (1.0 - 2.0 / (tl.exp2(b_s * (2.0 * LOG2E / softcap)) + 1.0))
 
 
-@triton.jit(do_not_specialize=["q_len", "group", "splits", "least_blocks", "window_left"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "group", "splits", "least_blocks", "window_left", "stride_tb"
+    ]
+)  # fmt: skip
 def decode_kernel(
     q,
     k_cache,

@@ -10,7 +10,11 @@ from longctx_triton.kernels.decode import LN2, LOG2E, first_block, programs_used
 __all__ = ["merge_kernel", "merge_splits_kernel"]
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "q_len", "heads"])
+@triton.jit(
+    do_not_specialize=[
+        "parts", "rows", "q_len", "heads", "stride_lp", "stride_lb", "stride_lh"
+    ]
+)  # fmt: skip
 def merge_kernel(
     outs,
     lses,

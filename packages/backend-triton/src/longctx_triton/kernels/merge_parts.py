@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx_triton.launch.sparse_tiles import padded
+from longctx_triton.launch.sizes import padded
 
 __all__ = ["merge_parts", "merge_parts_kernel"]
 

@@ -15,7 +15,7 @@ __all__ = ["head_mean_kernel", "keep_count_kernel"]
 PARTS = tl.constexpr(2.0**52)
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
+@triton.jit(do_not_specialize=["s_b", "s_h", "length", "heads"])
 def head_mean_kernel(
     scores,  # fp32 [B, H, L]
     means,  # fp64 [B, L]

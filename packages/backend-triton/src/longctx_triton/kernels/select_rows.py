@@ -27,7 +27,7 @@ def _load_keys(p_row, o_n, length):
     return ordered_keys(tl.load(p_row + o_n, mask=o_n < length, other=float("-inf")))
 
 
-@triton.jit(do_not_specialize=["length", "top_k", "chunks"])
+@triton.jit(do_not_specialize=["s_b", "s_h", "length", "top_k", "chunks"])
 def row_threshold_kernel(
     scores,  # fp32 [rows, L] by the strides below
     keep,  # int32 [B], read with KEEP in place of top_k
@@ -97,7 +97,7 @@ def row_threshold_kernel(
     tl.store(p_found + 2, top_k)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "capacity", "recent"])
+@triton.jit(do_not_specialize=["s_b", "s_h", "length", "chunks", "capacity", "recent"])
 def row_emit_kernel(
     scores,
     found,

@@ -14,7 +14,7 @@ from longctx_triton.kernels.online_softmax import add_tile, load_rows, store_row
 __all__ = ["token_set_attention_kernel"]
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "capacity", "s_cb"])
+@triton.jit(do_not_specialize=["q_len", "k_len", "capacity", "s_ib", "s_ih", "s_cb"])
 def token_set_attention_kernel(
     q,
     k,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Device", "device_of", "launched", "on_device"]
+__all__ = ["SMALL_SHARED", "Device", "current_gpu", "device_of", "launched", "on_device"]
 
 _HERE = nullcontext()
-_SMALL_SHARED = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
+SMALL_SHARED = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
+"""Architectures with about 100 KiB of shared memory a block."""
 
 
 class Device(NamedTuple):
@@ -24,7 +25,7 @@ class Device(NamedTuple):
     arch : (int, int)
         Compute capability; (0, 0) for Triton's interpreter on the CPU.
     processors : int
-        Streaming multiprocessors.
+        Streaming multiprocessors; 8 for the interpreter, so that work is divided there, too.
     l2 : int
         Bytes of L2 cache.
     """
@@ -41,13 +42,13 @@ class Device(NamedTuple):
     @property
     def large_shared(self) -> bool:
         """Whether a block may take 160 KiB of shared memory or more, not about 100."""
-        return self.arch not in _SMALL_SHARED
+        return self.arch not in SMALL_SHARED
 
 
 def device_of(device: torch.device) -> Device:
     """Return the properties of a device, remembered after the first call."""
     if device.type != "cuda":
-        return Device((0, 0), 1, 0)
+        return Device((0, 0), 8, 0)
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -55,6 +56,18 @@ def device_of(device: torch.device) -> Device:
 def _cuda_device(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
     return Device((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+
+
+def current_gpu() -> str:
+    """Return the name of the GPU that is current; empty as long as no CUDA device is in use."""
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    # to ask for the current device would start CUDA
+    return _gpu_name(torch.cuda.current_device()) if started else ""
+
+
+@cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from longctx_triton.launch.sparse_tiles import SMALL_SHARED, padded
+from longctx_triton.launch.device import SMALL_SHARED
+from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.tuning import tuned
 
 __all__ = [
     "SEGMENT",
@@ -38,6 +40,7 @@ class ListTiles(NamedTuple):
     stages: int
 
 
+@tuned("index_scores", apart=("q_len",))
 def index_tiles(heads: int, q_len: int, arch: tuple[int, int]) -> IndexTiles:
     """Return the tiles of the indexer for a number of index heads and of queries."""
     block_heads = padded(heads, 1)
@@ -47,6 +50,7 @@ def index_tiles(heads: int, q_len: int, arch: tuple[int, int]) -> IndexTiles:
     return IndexTiles(queries, block_heads, 128, 8, 2 if arch in SMALL_SHARED else 3)
 
 
+@tuned("index_backward")
 def index_backward_tiles(heads: int, dim: int, arch: tuple[int, int]) -> IndexTiles:
     """Return the tiles of the indexer's gradients: 128 (query, head) pairs against 64 keys."""
     block_heads = padded(heads, 1)
@@ -57,6 +61,7 @@ def index_backward_tiles(heads: int, dim: int, arch: tuple[int, int]) -> IndexTi
     return IndexTiles(max(1, rows // block_heads), block_heads, 64, 8, stages)
 
 
+@tuned("topk_attention")
 def list_tiles(
     group: int, channels: int, value_dim: int, one_row: bool, arch: tuple[int, int]
 ) -> ListTiles:

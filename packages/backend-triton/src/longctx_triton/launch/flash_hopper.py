@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longctx_triton.kernels.flash_hopper import ROWS, flash_hopper_kernel
+from longctx_triton.launch.tuning import tuned
 
 __all__ = ["HopperTiles", "hopper_forward", "hopper_takes", "hopper_tiles"]
 
@@ -41,6 +42,7 @@ class HopperTiles(NamedTuple):
     ping_pong: bool
 
 
+@tuned("flash_hopper")
 def hopper_tiles(head_dim: int) -> HopperTiles:
     """Return the tiles for a head size of 64 or 128."""
     return HopperTiles(2, 128, 3 if head_dim == 64 else 2, 240, False)

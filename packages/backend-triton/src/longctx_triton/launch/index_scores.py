@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from longctx_triton.kernels.index_scores import index_score_kernel
+from longctx_triton.launch.device import device_of
 from longctx_triton.launch.dsa_tiles import index_tiles
-from longctx_triton.launch.sparse_tiles import architecture, padded, processors
+from longctx_triton.launch.sizes import padded
 
 __all__ = ["bounds_or", "score_rows"]
 
@@ -54,7 +55,8 @@ def score_rows(
     """
     q_len, heads, dim = q.shape[1:]
     k_len = k.shape[1]
-    arch = architecture(q)
+    device = device_of(q.device)
+    arch = device.arch
     unpack = q.dtype == FP8 and (
         arch < (8, 9) or os.environ.get("LONGCTX_TRITON_INDEXER") == "fp16"
     )
@@ -64,7 +66,7 @@ def score_rows(
     row_tiles = -(-(rows[1] - rows[0]) // tiles.queries)
     key_tiles = -(-width // tiles.keys)
     n_batches = batches[1] - batches[0]
-    spans = max(-(-4 * processors(q) // (row_tiles * n_batches)), -(-key_tiles // SPAN_TILES))
+    spans = max(-(-4 * device.processors // (row_tiles * n_batches)), -(-key_tiles // SPAN_TILES))
     span = -(-key_tiles // min(spans, key_tiles)) * tiles.keys
     ranged, start, end = bounds_or(out, key_start, key_end)
     index_score_kernel[(row_tiles, -(-width // span), n_batches)](

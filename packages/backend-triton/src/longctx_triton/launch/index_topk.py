@@ -12,7 +12,7 @@ from longctx_triton.kernels.select_rows import choose_rows
 from longctx_triton.kernels.topk_segments import topk_segment_kernel
 from longctx_triton.launch import dsa_tiles
 from longctx_triton.launch.index_scores import bounds_or, score_rows
-from longctx_triton.launch.sparse_tiles import padded
+from longctx_triton.launch.sizes import padded
 
 __all__ = ["index_topk_forward"]
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from longctx_triton.launch.device import SMALL_SHARED
+from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.tuning import tuned
 
 __all__ = [
     "Tiles",
-    "architecture",
     "attention_tiles",
-    "padded",
-    "processors",
+    "block_tiles",
     "signed_scale",
+    "star_tiles",
     "stripe_tile",
+    "token_tiles",
+    "window_tiles",
 ]
-
-SMALL_SHARED = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
-"""Architectures with about 100 KiB of shared memory a block."""
 
 LOG2_E = 1.4426950408889634
 
@@ -40,32 +38,6 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    major, minor = torch.cuda.get_device_capability(index)
-    return major, minor
-
-
-def architecture(tensor: Tensor) -> tuple[int, int]:
-    """Return the compute capability of the tensor's GPU; (0, 0) for Triton's interpreter."""
-    return _capability(tensor.device.index) if tensor.is_cuda else (0, 0)
-
-
-@cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(tensor: Tensor) -> int:
-    """Return the number of multiprocessors of the tensor's GPU; 8 for Triton's interpreter."""
-    return _processors(tensor.device.index) if tensor.is_cuda else 8
-
-
-def padded(size: int, least: int = 16) -> int:
-    """Return the next power of two, at least ``least``: the extent of a tile."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 def signed_scale(scale: float) -> tuple[float, float]:
@@ -106,6 +78,17 @@ def attention_tiles(
     return Tiles(queries, keys, 8 if queries == 128 else 4, stages)
 
 
+block_tiles = tuned("block_list", apart=("most_queries",))(attention_tiles)
+"""`attention_tiles` of the kernel that walks lists of key blocks."""
+window_tiles = tuned("key_range", apart=("most_queries",))(attention_tiles)
+"""Of the kernel that walks ranges of keys, under a window."""
+star_tiles = tuned("key_range_star", apart=("most_queries",))(attention_tiles)
+"""Of the same kernel, in star attention's first phase."""
+token_tiles = tuned("token_attention", apart=("most_queries",))(attention_tiles)
+"""Of the kernel that gathers chosen tokens."""
+
+
+@tuned("stripes")
 def stripe_tile(head_dim: int, value_dim: int, arch: tuple[int, int]) -> Tiles:
     """Return the square tile of stripes: an isolated diagonal costs its tile two of them."""
     if arch == (0, 0):

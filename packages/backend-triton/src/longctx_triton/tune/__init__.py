@@ -1,0 +1,1 @@
+"""Search for faster tiles on the GPU at hand: ``longctx tune``."""
