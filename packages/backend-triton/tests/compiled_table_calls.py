@@ -68,8 +68,8 @@ def flash_case(
 def ping_pong_case(dim: int) -> None:
     """Attend with the consumers of the Hopper kernel taking turns."""
     with pytest.MonkeyPatch.context() as patch:
-        tiles = flash_hopper.hopper_tiles(dim)._replace(ping_pong=True)
-        patch.setattr(flash_hopper, "hopper_tiles", lambda _: tiles)
+        tiles = flash_hopper.hopper_tiles(dim, False)._replace(ping_pong=True)
+        patch.setattr(flash_hopper, "hopper_tiles", lambda _dim, _fp8: tiles)
         flash_case(dim)
 
 
@@ -233,6 +233,7 @@ def lightning_decode_case(dim: int) -> None:
 EVERYTHING: dict[str, Any] = {"left": 1024, "softcap": 30.0, "sinks": True, "packed": True}
 CASES: dict[str, Callable[[], None]] = {
     "flash 128 ping-pong": partial(ping_pong_case, 128),
+    "flash 128 fp8 window": partial(flash_case, 128, fp8=True, left=1024),
     "flash 256": partial(flash_case, 256),
     "flash backward 256": partial(flash_case, 256, backward=True),
     "decode 256": partial(decode_case, 256),

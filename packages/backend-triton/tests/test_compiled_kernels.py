@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -63,6 +64,7 @@ FP8_PRODUCT = ".f32.e4m3.e4m3"
 FP8_CASES = (
     "flash 64 fp8",
     "flash 128 fp8",
+    "flash 128 fp8 window",
     "index scores fp8",
     "index scores fp8 one token",
 )
@@ -70,14 +72,17 @@ FP8_CASES = (
 
 TABLE = (
     # kernel, instructions, cases, further cases that take longer
-    ("flash_hopper_kernel", GLUON, "flash 64 causal; flash 128 causal; flash 128 full",
-     "flash 64 full; flash 64 sinks; flash 128 sinks; flash 128 ping-pong"),
+    ("flash_hopper_kernel", GLUON,
+     "flash 64 causal; flash 128 causal; flash 128 full; flash 128 fp8",
+     "flash 64 full; flash 64 sinks; flash 64 fp8; flash 128 sinks; flash 128 ping-pong"),
+    ("widen_kernel", {"sm_90a": ()}, "flash 128 fp8", "flash 64 fp8"),
     ("flash_forward_kernel", AMPERE, "flash 128 causal",
-     "flash 64 causal; flash 64 full; flash 64 packed; flash 128 full; flash 128 sinks; "
-     "flash 128 packed; flash 128 fp8"),
-    ("flash_forward_kernel", HOPPER, "flash 64 packed; flash 128 packed; flash 128 fp8", ""),
+     "flash 64 causal; flash 64 full; flash 64 packed; flash 64 fp8; flash 128 full; "
+     "flash 128 sinks; flash 128 packed; flash 128 fp8"),
+    ("flash_forward_kernel", HOPPER, "flash 64 packed; flash 128 packed",
+     "flash 128 fp8 window"),
     ("flash_forward_kernel", DOT, "flash 128 all",
-     "flash 64 window; flash 64 all; flash 64 fp8; flash 128 window; flash 256"),
+     "flash 64 window; flash 64 all; flash 128 window; flash 256"),
     ("flash_delta_kernel", PLAIN, "flash backward 128 causal",
      "flash backward 64 all; flash backward 256"),
     ("flash_dq_kernel", DOT, "flash backward 128 causal",
@@ -182,8 +187,15 @@ def test_listing(kernel, case, arch, kinds):
         )
         if kernel == "flash_hopper_kernel":
             assert OVERLAPPED in listing.ptx
-        if case in FP8_CASES and arch == "sm_90a":
+            assert exponentials_under_products(listing.sass) >= 30, "the softmax waits for values"
+        if case in FP8_CASES and arch == "sm_90a" and kernel != "widen_kernel":
             assert FP8_PRODUCT in listing.ptx
+
+
+def exponentials_under_products(sass: str) -> int:
+    """Return the fewest exponentials between the wait for scores and that for the values."""
+    waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)[1:]
+    return min(part.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") for part in waits)
 
 
 @pytest.mark.slow

@@ -102,10 +102,11 @@ class Description:
     """A tensor descriptor: copies past the end of an axis read zeros and write nothing."""
 
     def __init__(self, base, shape, strides, block_shape, layout):
-        assert all((stride * 2) % 16 == 0 and stride > 0 for stride in strides[:-1])
+        size = base.element_size()
+        assert all((stride * size) % 16 == 0 and stride > 0 for stride in strides[:-1])
         self.base = base.as_strided(shape, strides)
         self.block, self.layout, self.dtype = block_shape, layout, base.dtype
-        self.block_type = types.SimpleNamespace(nbytes=math.prod(block_shape) * 2)
+        self.block_type = types.SimpleNamespace(nbytes=math.prod(block_shape) * size)
 
     def _slices(self, coordinates):
         starts = [int(c) for c in coordinates]
@@ -224,24 +225,29 @@ def store(pointer, value, mask):
     pointer.data.view(-1)[where] = value[mask]
 
 
+def hide(scores, last):
+    return torch.where(torch.arange(scores.shape[1]) <= last[:, None], scores, -torch.inf)
+
+
 def quiet(*_args, **_kwargs):
     return None
 
 
 LANGUAGE = types.SimpleNamespace(
     float32=torch.float32,
+    int32=torch.int32,
     int64=torch.int64,
     SliceLayout=quiet,
     DotOperandLayout=quiet,
     NVMMADistributedLayout=quiet,
     allocate_shared_memory=allocate,
     arange=lambda a, b, _layout: torch.arange(a, b),
-    convert_layout=lambda t, _layout: t,
+    convert_layout=lambda t, _layout, **_: t,
     exp2=torch.exp2,
     log2=torch.log2,
     full=lambda shape, value, dtype, _layout: torch.full(shape, value, dtype=dtype),
     zeros=lambda shape, dtype, _layout: torch.zeros(shape, dtype=dtype),
-    load=lambda pointer: pointer.data[int(pointer.offset)],
+    load=lambda pointer: pointer.data.view(-1)[int(pointer.offset)],
     max=lambda t, axis: t.amax(axis),
     sum=lambda t, axis: t.sum(axis),
     maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
@@ -275,6 +281,12 @@ class Simulated:
             "warpgroup_mma_wait": warpgroup_mma_wait,
             "async_load": lambda d, c, b, m: async_load(d, c, Shared(row(b)), m),
             "async_store": async_store,
+            "_depth": quiet,
+            "_exp2": lambda t, _poly: torch.exp2(t),
+            "faded": lambda t, fade, _lazy: t * fade[:, None],
+            "_hide": hide,
+            "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
+            "ROW_THREADS": None,
             "_ROWS": hopper_kernel.ROWS,
             "_LOG2E": math.log2(math.e),
             "_LN2": math.log(2),
@@ -286,14 +298,15 @@ class Simulated:
         self.launches = 0
 
     def __getitem__(self, grid):
-        def launch(p_q, p_k, p_v, p_o, lse, sinks, scale, *sizes, num_warps, **constants):
+        def launch(p_q, p_k, p_v, p_o, lse, *arguments, num_warps, **constants):
             self.launches += 1
             assert num_warps == 4
+            pointers = [None if t is None else Pointer(t) for t in (lse, *arguments[:4])]
+            scale, *sizes = arguments[4:]
             sizes = [torch.tensor(size) for size in sizes]
-            sinks = None if sinks is None else Pointer(sinks)
             for program in range(grid[0]):
                 GEOMETRY.program, GEOMETRY.programs = program, grid[0]
-                self.function(p_q, p_k, p_v, p_o, Pointer(lse), sinks, scale, *sizes, **constants)
+                self.function(p_q, p_k, p_v, p_o, *pointers, scale, *sizes, **constants)
 
         return launch
 
@@ -312,24 +325,32 @@ def hopper(monkeypatch):
 
 def tiles(monkeypatch, *sizes):
     monkeypatch.setattr(
-        hopper_launch, "hopper_tiles", lambda _dim: hopper_launch.HopperTiles(*sizes)
+        hopper_launch, "hopper_tiles", lambda _dim, _fp8: hopper_launch.HopperTiles(*sizes)
     )
 
 
-def run(q, k, v, *, causal, sinks=None, scale=0.125):
+def each_head(factors, t):
+    return factors.repeat_interleave(t.shape[2] // factors.shape[1], 1)[:, None, :, None]
+
+
+def run(q, k, v, *, causal, sinks=None, scale=0.125, descales=(None, None, None)):
     out, lse = flash.flash_forward(
         q, k, v, causal=causal, window_left=None, window_right=None, softcap=0.0, sinks=sinks,
-        scale=scale, cu_seqlens_q=None, cu_seqlens_k=None, q_descale=None, k_descale=None,
-        v_descale=None,
+        scale=scale, cu_seqlens_q=None, cu_seqlens_k=None,
+        **dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True)),
     )  # fmt: skip
     options = {"causal": causal, "scale": scale}
-    exact, exact_lse = oracle.flash_attention(
-        q.double(), k.double(), v.double(), **options,
-        sinks=None if sinks is None else sinks.double(),
-    )  # fmt: skip
-    rough, _ = oracle.flash_attention(
-        q, k, v, **options, sinks=None if sinks is None else sinks.half()
+    q, k, v = (
+        t.double() if f is None else t.double() * each_head(f.double(), t)
+        for t, f in zip((q, k, v), descales, strict=True)
     )
+    exact, exact_lse = oracle.flash_attention(
+        q, k, v, **options, sinks=None if sinks is None else sinks.double()
+    )
+    rough, _ = oracle.flash_attention(
+        *(t.to(out.dtype) for t in (q, k, v)), **options,
+        sinks=None if sinks is None else sinks.to(out.dtype),
+    )  # fmt: skip
     assert_within_budget(out, exact, rough)
     torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=2e-6)
 
@@ -345,7 +366,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("sizes", [(2, 32, 2, 240, False), (2, 32, 3, 240, True),
-                                   (3, 64, 2, 160, False), (2, 128, 1, 240, True)])  # fmt: skip
+                                   (3, 64, 2, 160, False), (3, 64, 3, 160, True)])  # fmt: skip
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_oracle(hopper, monkeypatch, shape, causal, sizes):
@@ -365,6 +386,20 @@ def test_the_shipped_tiles_and_strided_inputs(hopper):
     v = torch.randn(2, 300, 2, 256).half()[..., 64:192]
     run(q, k, v, causal=True)
     run(q, k, v, causal=False)
+    assert hopper.launches == 2
+
+
+@pytest.mark.parametrize("given", ["", "q", "kv", "qkv"])
+def test_fp8(hopper, monkeypatch, given):
+    torch.manual_seed(0)
+    monkeypatch.setattr(hopper_launch, "widened", lambda t: t.half())
+    q, k, v = (
+        torch.randn(2, length, heads, 64).to(torch.float8_e4m3fn)
+        for length, heads in ((70, 4), (150, 2), (150, 2))
+    )
+    descales = tuple(torch.rand(2, 2) * 2 + 0.1 if name in given else None for name in "qkv")
+    run(q, k, v, causal=True, descales=descales)
+    run(q, k, v, causal=False, descales=descales)
     assert hopper.launches == 2
 
 

@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 from longctx_triton import dsa
 from longctx_triton.kernels import mla_hopper as hopper_kernel
 from longctx_triton.launch import mla_hopper as hopper_launch
+from longctx_triton.launch.device import Device
 
 PATIENCE = 20.0
 """Seconds after which a wait counts as a deadlock."""
@@ -302,8 +303,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(hopper_launch, "latent_hopper_kernel", kernel)
     monkeypatch.setattr(hopper_launch, "LEAST_HEADS", 1)
     monkeypatch.setattr(hopper_launch, "merge_parts", merged)
-    monkeypatch.setattr(dsa, "architecture", lambda _: (9, 0))
-    monkeypatch.setattr(dsa, "processors", lambda _: 3)
+    monkeypatch.setattr(dsa, "device_of", lambda _: Device((9, 0), 3, 50 << 20))
     # outputs that are never written stay NaN
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     return kernel
@@ -360,7 +360,7 @@ def test_against_the_oracle(hopper, monkeypatch, shape, sizes):
 
 
 def test_few_tokens_are_cut_over_their_lists(hopper, monkeypatch):
-    monkeypatch.setattr(dsa, "processors", lambda _: 8)
+    monkeypatch.setattr(dsa, "device_of", lambda _: Device((9, 0), 8, 50 << 20))
     made = latent(1, 1, 500, 128, 333)
     run_and_check(*made)
     run_and_check(*made, sinks=torch.randn(128))

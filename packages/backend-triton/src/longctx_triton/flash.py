@@ -47,7 +47,7 @@ def flash_forward(
     """See `longctx.protocols.attention.FlashAttention.flash_forward`.
 
     fp8 scores are fp8 products where the tensor cores have them (sm_89 and later); weights and
-    values meet in fp16, which holds every e4m3 value.
+    values meet in fp16, which holds every e4m3 value. Factors of fp8 tensors are above 0.
 
     Environment
     -----------
@@ -69,14 +69,16 @@ def flash_forward(
     device = device_of(q.device)
     group = q_heads // kv_heads
     section = min(batch * q_heads, group * _fitting(device, k, v))
-    plain = left is None and softcap == 0 and not fp8
-    if plain and device.arch == (9, 0) and cu_seqlens_q is None and not _portable_wanted():
+    whole = left is None and softcap == 0
+    plain = whole and not fp8
+    if whole and device.arch == (9, 0) and cu_seqlens_q is None and not _portable_wanted():
         # Gluon is imported where it can run
         from longctx_triton.launch.flash_hopper import hopper_forward, hopper_takes
 
         if hopper_takes(q, k, v, right, scale):
             hopper_forward(
-                q, k, v, out, lse, causal=right == 0, sinks=sinks, scale=scale,
+                q, k, v, out, lse, causal=right == 0, sinks=sinks,
+                descales=(q_descale, k_descale, v_descale), scale=scale,
                 section=section, processors=device.processors,
             )  # fmt: skip
             return out, lse

@@ -18,15 +18,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx_triton.compat import async_load, async_store
+from longctx_triton.kernels.flash_hopper_softmax import ROW_THREADS, ROWS, block_softmax, faded
 
 __all__ = ["ROWS", "flash_hopper_kernel"]
-
-ROWS = 64
-"""Query rows of one warpgroup, which is what its matrix instruction multiplies."""
 
 _ROWS = gl.constexpr(ROWS)
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.constexpr_function
+def _depth(dtype):
+    """Return how many channels one product of the tensor cores takes: 32 bytes."""
+    return 256 // dtype.primitive_bitwidth
 
 
 @gluon.jit
@@ -76,13 +80,13 @@ def _copy(source, i_b, first, i_g, memory, full, empty, step, STAGES: gl.constex
 
 @gluon.jit
 def _feed(
-    p_q, p_k, p_v, group, common,
+    p_q, p_k, p_v, common,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Copy queries, then keys and values from the last block to the first, tile after tile."""
     (
         q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        tiles, units, section, q_heads, q_len, k_len,
+        tiles, units, section, q_heads, group, q_len, k_len,
     ) = common  # fmt: skip
     step = 0
     for turn in range(_share(tiles * units)):
@@ -93,12 +97,13 @@ def _feed(
         i_b = unit // q_heads
         i_h = unit % q_heads
         i_g = i_h // group
+        # the first keys need not wait until the last tile's queries are done with
+        _copy(p_k, i_b, (blocks - 1) * BLOCK_K, i_g, k_s, k_full, k_empty, step, STAGES)
         for g in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(g), p_q.block_type.nbytes)
             async_load(p_q, [i_b, row + g * _ROWS, i_h, 0], q_full.index(g), q_s.index(g))
         # a block's values are needed one step after its keys
-        _copy(p_k, i_b, (blocks - 1) * BLOCK_K, i_g, k_s, k_full, k_empty, step, STAGES)
         for i in range(1, blocks):
             first = (blocks - 1 - i) * BLOCK_K
             _copy(p_k, i_b, first, i_g, k_s, k_full, k_empty, step + i, STAGES)
@@ -108,40 +113,20 @@ def _feed(
 
 
 @gluon.jit
-def _softmax(
-    b_s, b_m, b_l, scale2, first, limits,
-    MASKED: gl.constexpr, BLOCK_K: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Return ``(P, running maximum, running sum, fading factor)`` in base 2.
-
-    ``limits`` are the last keys that the rows see.
-    """
-    if MASKED:
-        o_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-        b_s = gl.where(o_k[None, :] <= (limits - first)[:, None], b_s, float("-inf"))
-    b_top = gl.maximum(b_m, gl.max(b_s, 1) * scale2)
-    b_shift = b_top
-    if MASKED:
-        # a row that has seen nothing yet: -inf less -inf would be NaN
-        b_shift = gl.where(b_top == float("-inf"), 0.0, b_top)
-    b_p = gl.exp2(b_s * scale2 - b_shift[:, None])
-    b_fade = gl.exp2(b_m - b_shift)
-    return b_p, b_top, b_l * b_fade + gl.sum(b_p, 1), b_fade
-
-
-@gluon.jit
 def _advance(
-    b_p, b_o, b_m, b_l, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other, step, beat,
-    first, limits, scale2,
+    b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other,
+    step, beat, first, limits, scale2,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+    LAZY: gl.constexpr, POLY: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Scores of block ``step`` while the weights of block ``step - 1`` meet their values."""
+    """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
+
+    On entry those values have landed, and ``b_o`` has still to fade by ``b_fade``.
+    """
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     slot = step % STAGES
     slot_v = (step - 1) % STAGES
-    b_p = gl.convert_layout(b_p.to(q.dtype), p_layout)
     b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
     mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
     if PING_PONG:
@@ -149,20 +134,21 @@ def _advance(
         mbarrier.wait(mine, (beat & 1) ^ (1 if G == 0 else 0))
     k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
     s_token = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(slot_v), ((step - 1) // STAGES) & 1)
+    b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
+    b_o = faded(b_o, b_fade, LAZY)
     v = v_s.index(slot_v).reshape([BLOCK_K, VALUE_DIM])
     o_token = warpgroup_mma(b_p, v, b_o, is_async=True)
     if PING_PONG:
         mbarrier.arrive(other, count=1)
     b_s = warpgroup_mma_wait(1, deps=(s_token,))
     mbarrier.arrive(k_empty.index(slot), count=1)
-    b_p, b_m, b_l, b_fade = _softmax(
-        b_s, b_m, b_l, scale2, first, limits, MASKED, BLOCK_K, s_layout
-    )
+    b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED, POLY)
+    # The assembler moves a bare wait for the product above the exponentials, and nothing
+    # overlaps; it does not move one across the branch of this wait.
+    mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
     b_o = warpgroup_mma_wait(0, deps=(o_token,))
     mbarrier.arrive(v_empty.index(slot_v), count=1)
-    b_o = b_o * gl.convert_layout(b_fade, gl.SliceLayout(1, o_layout))[:, None]
-    return b_p, b_o, b_m, b_l
+    return b_p, b_o, b_m, b_l, b_fade
 
 
 @gluon.jit
@@ -170,17 +156,18 @@ def _consume(
     ours, common,
     G: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_SINKS: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    PING_PONG: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
 ):  # fmt: skip
     """Attend for rows ``[64 G, 64 G + 64)`` of each of the program's tiles."""
-    p_o, lse, sinks, o_s, beats, scale = ours
+    p_o, lse, sinks, q_descale, k_descale, v_descale, o_s, beats, scale = ours
     (
         q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        tiles, units, section, q_heads, q_len, k_len,
+        tiles, units, section, q_heads, group, q_len, k_len,
     ) = common  # fmt: skip
-    dtype: gl.constexpr = q_s.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
+        version=[3, 0],
+        warps_per_cta=[4, 1],
+        instr_shape=[16, BLOCK_K, _depth(q_s.dtype)],
     )
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE_DIM, 16]
@@ -188,12 +175,11 @@ def _consume(
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    scale2 = scale * _LOG2E
     o_q = gl.arange(0, _ROWS, rows)
     q = q_s.index(G).reshape([_ROWS, HEAD_DIM])
     o_stage = o_s.index(G)
-    mine = beats.index(G % 2)
-    other = beats.index((G + 1) % 2)
+    mine = beats.index(G)
+    other = beats.index((G + 1) % CONSUMERS)
     step = 0  # key blocks so far, over all tiles: it numbers the stages
     beat = 0
     for turn in range(_share(tiles * units)):
@@ -202,14 +188,21 @@ def _consume(
             CONSUMERS * _ROWS, BLOCK_K, CAUSAL,
         )  # fmt: skip
         row = row + G * _ROWS
-        # never more than the last key, in a form that keeps the column numbers out of registers
-        limits = gl.minimum(row + o_q + k_len, k_len - 1)
+        scale2 = scale * _LOG2E
+        if q_descale is not None:
+            scale2 = scale2 * gl.load(q_descale + unit // group)
+        if k_descale is not None:
+            scale2 = scale2 * gl.load(k_descale + unit // group)
+        if q_descale is not None or k_descale is not None:
+            # a factor of 0 hides nothing, and 0 times -inf would be NaN
+            scale2 = gl.maximum(scale2, 1e-30)
+        limits = gl.full([_ROWS], k_len - 1, gl.int32, rows)
         whole = k_len // BLOCK_K  # blocks before this one need no mask
         if CAUSAL:
             limits = row + o_q + (k_len - q_len)
             whole = gl.minimum(row + k_len - q_len + 1, k_len) // BLOCK_K
         b_m = gl.full([_ROWS], float("-inf"), gl.float32, rows)
-        b_l = gl.zeros([_ROWS], gl.float32, rows)
+        b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
         b_o = gl.zeros([_ROWS, VALUE_DIM], gl.float32, o_layout)
         b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
 
@@ -220,38 +213,40 @@ def _consume(
         b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
-        b_p, b_m, b_l, b_fade = _softmax(
-            b_s, b_m, b_l, scale2, (blocks - 1) * BLOCK_K, limits, True, BLOCK_K, s_layout
+        b_p, b_m, b_l, b_fade = block_softmax(
+            b_s, b_m, b_l, scale2, (blocks - 1) * BLOCK_K, limits, True, POLY
         )  # fmt: skip
+        mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         # the first block is done: the next ones down to ``whole`` are masked, the rest are not
         masked_end = gl.maximum(blocks - whole, 1)
         if CAUSAL:
             for i in range(1, masked_end):
-                b_p, b_o, b_m, b_l = _advance(
-                    b_p, b_o, b_m, b_l, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
+                b_p, b_o, b_m, b_l, b_fade = _advance(
+                    b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                     mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, scale2,
                     G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
-                    s_layout, o_layout,
+                    LAZY, POLY, s_layout, o_layout,
                 )  # fmt: skip
                 beat += 1
         for i in range(masked_end, blocks):
-            b_p, b_o, b_m, b_l = _advance(
-                b_p, b_o, b_m, b_l, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, scale2,
+            b_p, b_o, b_m, b_l, b_fade = _advance(
+                b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
+                mine, other, step + i, beat, 0, limits, scale2,
                 G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, False, PING_PONG,
-                s_layout, o_layout,
+                LAZY, POLY, s_layout, o_layout,
             )  # fmt: skip
             beat += 1
         mbarrier.arrive(q_empty.index(G), count=1)
         step += blocks
         slot_v = (step - 1) % STAGES
-        b_p = gl.convert_layout(b_p.to(dtype), p_layout)
-        mbarrier.wait(v_full.index(slot_v), ((step - 1) // STAGES) & 1)
+        b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
+        b_o = faded(b_o, b_fade, LAZY)
         v = v_s.index(slot_v).reshape([BLOCK_K, VALUE_DIM])
         b_o = warpgroup_mma(b_p, v, b_o, is_async=True)
 
         i_b = unit // q_heads
         i_h = unit % q_heads
+        b_l = gl.convert_layout(gl.sum(b_l, 1), rows, assert_trivial=True)
         if HAS_SINKS:
             sink = gl.load(sinks + i_h) * _LOG2E
             b_top = gl.maximum(b_m, sink)
@@ -261,11 +256,13 @@ def _consume(
             b_scale = b_fade / b_l
         else:
             b_scale = 1.0 / b_l
+        if v_descale is not None:
+            b_scale = b_scale * gl.load(v_descale + unit // group)
         b_o = warpgroup_mma_wait(0, deps=(b_o,))
         mbarrier.arrive(v_empty.index(slot_v), count=1)
         b_o = b_o * gl.convert_layout(b_scale, o_rows)[:, None]
         tma.store_wait(0)  # of the tile before this one, which left from the same place
-        o_stage.reshape([_ROWS, VALUE_DIM]).store(b_o.to(dtype))
+        o_stage.reshape([_ROWS, VALUE_DIM]).store(b_o.to(o_s.dtype))
         fence_async_shared()
         async_store(p_o, [i_b, row, i_h, 0], o_stage)
         head = unit.to(gl.int64) * q_len
@@ -275,11 +272,12 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["tiles", "units", "section", "q_heads", "group", "q_len", "k_len"])
 def flash_hopper_kernel(
-    p_q, p_k, p_v, p_o, lse, sinks, scale, tiles, units, section, q_heads, group,
-    q_len, k_len,
+    p_q, p_k, p_v, p_o, lse, sinks, q_descale, k_descale, v_descale, scale,
+    tiles, units, section, q_heads, group, q_len, k_len,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_SINKS: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr,
+    HAS_SINKS: gl.constexpr, PING_PONG: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend: ``p_*`` describe ``[B, S, H, D]``, every row sees a key, the scale is positive.
 
@@ -287,42 +285,40 @@ def flash_hopper_kernel(
     rows, batch times query heads). Bars of a stage: full when its copy has landed, empty when all
     consumers have read it.
     """
-    dtype: gl.constexpr = p_q.dtype
-    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, _ROWS, 1, HEAD_DIM], p_q.layout)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_K, 1, HEAD_DIM], p_k.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_K, 1, VALUE_DIM], p_v.layout)
-    o_s = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, _ROWS, 1, VALUE_DIM], p_o.layout)
+    q_s = gl.allocate_shared_memory(p_q.dtype, [CONSUMERS, 1, _ROWS, 1, HEAD_DIM], p_q.layout)
+    k_s = gl.allocate_shared_memory(p_k.dtype, [STAGES, 1, BLOCK_K, 1, HEAD_DIM], p_k.layout)
+    v_s = gl.allocate_shared_memory(p_v.dtype, [STAGES, 1, BLOCK_K, 1, VALUE_DIM], p_v.layout)
+    o_s = gl.allocate_shared_memory(p_o.dtype, [CONSUMERS, 1, _ROWS, 1, VALUE_DIM], p_o.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    beats = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    beats = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(beats.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(2):
-        mbarrier.init(beats.index(i), count=1)
 
     common = (
         q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        tiles, units, section, q_heads, q_len, k_len,
+        tiles, units, section, q_heads, group, q_len, k_len,
     )  # fmt: skip
-    ours = (p_o, lse, sinks, o_s, beats, scale)
+    ours = (p_o, lse, sinks, q_descale, k_descale, v_descale, o_s, beats, scale)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_consume, (ours, common, 0, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG)),
+                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
                 (_consume, (ours, common, 1, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG)),
-                (_feed, (p_q, p_k, p_v, group, common, CONSUMERS, BLOCK_K, STAGES, CAUSAL)),
+                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                (_feed, (p_q, p_k, p_v, common, CONSUMERS, BLOCK_K, STAGES, CAUSAL)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -331,12 +327,12 @@ def flash_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ours, common, 0, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG)),
+                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
                 (_consume, (ours, common, 1, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG)),
+                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
                 (_consume, (ours, common, 2, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG)),
-                (_feed, (p_q, p_k, p_v, group, common, CONSUMERS, BLOCK_K, STAGES, CAUSAL)),
+                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                (_feed, (p_q, p_k, p_v, common, CONSUMERS, BLOCK_K, STAGES, CAUSAL)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

@@ -12,10 +12,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longctx_triton.kernels.flash_hopper import ROWS, flash_hopper_kernel
 from longctx_triton.launch.tuning import tuned
+from longctx_triton.launch.widen import widened
 
 __all__ = ["HopperTiles", "hopper_forward", "hopper_takes", "hopper_tiles"]
 
-_HALF = (torch.bfloat16, torch.float16)
+_FP8 = torch.float8_e4m3fn
+_DTYPES = (torch.bfloat16, torch.float16, _FP8)
 
 
 class HopperTiles(NamedTuple):
@@ -32,7 +34,11 @@ class HopperTiles(NamedTuple):
     registers : int
         Registers of a thread of a consumer.
     ping_pong : bool
-        Whether two consumers take turns at the tensor cores.
+        Whether the consumers take turns at the tensor cores.
+    lazy : bool
+        Whether a warp whose maxima have not risen leaves its output as it is.
+    poly : int
+        One exponential in so many is a polynomial, on other units; 0 for none.
     """
 
     consumers: int
@@ -40,11 +46,13 @@ class HopperTiles(NamedTuple):
     stages: int
     registers: int
     ping_pong: bool
+    lazy: bool = False
+    poly: int = 0
 
 
 @tuned("flash_hopper")
-def hopper_tiles(head_dim: int) -> HopperTiles:
-    """Return the tiles for a head size of 64 or 128."""
+def hopper_tiles(head_dim: int, fp8: bool) -> HopperTiles:
+    """Return the tiles for a head size of 64 or 128 and for queries and keys in fp8 or not."""
     return HopperTiles(2, 128, 3 if head_dim == 64 else 2, 240, False)
 
 
@@ -55,7 +63,7 @@ def hopper_takes(q: Tensor, k: Tensor, v: Tensor, right: int | None, scale: floa
     copy engine wants addresses and strides in multiples of 16 bytes.
     """
     return (
-        q.dtype in _HALF
+        q.dtype in _DTYPES
         and q.shape[3] == v.shape[3]
         and q.shape[3] in (64, 128)
         and (right is None or (right == 0 and k.shape[1] >= q.shape[1]))
@@ -74,6 +82,7 @@ def hopper_forward(
     *,
     causal: bool,
     sinks: Tensor | None,
+    descales: tuple[Tensor | None, Tensor | None, Tensor | None],
     scale: float,
     section: int,
     processors: int,
@@ -83,11 +92,14 @@ def hopper_forward(
     Parameters
     ----------
     q, k, v : Tensor, (batch, seq, heads, head_dim)
-        As `hopper_takes` accepts them.
+        As `hopper_takes` accepts them. Values in fp8 are widened to fp16, which holds them
+        exactly, so that the weights need not be rounded to fp8.
     out, lse : Tensor
         Contiguous, ``(batch, q_len, q_heads, head_dim)`` and ``(batch, q_heads, q_len)`` fp32.
     causal : bool
     sinks : Tensor, (q_heads,), float32, optional
+    descales : tuple of Tensor, (batch, kv_heads), float32, optional
+        Of q, k and v, above 0.
     scale : float
     section : int
         Query heads, over all batch entries, whose keys fit the L2 cache together.
@@ -95,15 +107,21 @@ def hopper_forward(
         Programs to start, one a multiprocessor.
     """
     batch, q_len, q_heads, head_dim = q.shape
-    tiles = hopper_tiles(head_dim)
+    fp8 = q.dtype == _FP8
+    tiles = hopper_tiles(head_dim, fp8)
+    if fp8:
+        v = widened(v)
     count, units = -(-q_len // (tiles.consumers * ROWS)), batch * q_heads
+    q_descale, k_descale, v_descale = (
+        None if t is None else t.contiguous() for t in descales
+    )  # fmt: skip
     flash_hopper_kernel[(min(count * units, processors),)](
         _described(q, ROWS), _described(k, tiles.block_k), _described(v, tiles.block_k),
-        _described(out, ROWS), lse, sinks, scale, count, units, section,
-        q_heads, q_heads // k.shape[2], q_len, k.shape[1],
+        _described(out, ROWS), lse, sinks, q_descale, k_descale, v_descale, scale,
+        count, units, section, q_heads, q_heads // k.shape[2], q_len, k.shape[1],
         CONSUMERS=tiles.consumers, BLOCK_K=tiles.block_k, HEAD_DIM=head_dim,
         VALUE_DIM=head_dim, STAGES=tiles.stages, CAUSAL=causal, HAS_SINKS=sinks is not None,
-        PING_PONG=tiles.ping_pong, REGISTERS=tiles.registers,
+        PING_PONG=tiles.ping_pong, LAZY=tiles.lazy, POLY=tiles.poly, REGISTERS=tiles.registers,
         num_warps=4,
     )  # fmt: skip
 
@@ -111,9 +129,9 @@ def hopper_forward(
 def _copyable(t: Tensor) -> bool:
     if t.data_ptr() % 16:
         return False
-    # eight half-precision numbers are 16 bytes
+    unit = 16 // t.element_size()
     return all(
-        size == 1 or (stride > 0 and stride % 8 == 0)
+        size == 1 or (stride > 0 and stride % unit == 0)
         for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
     )
 
@@ -126,9 +144,14 @@ def _described(t: Tensor, rows: int) -> TensorDescriptor:
         head_dim if size == 1 else stride
         for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
     ]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, rows, 1, head_dim], _layout())
+    return TensorDescriptor(
+        t, list(t.shape), [*strides, 1], [1, rows, 1, head_dim],
+        _layout(head_dim * t.element_size(), 8 * t.element_size()),
+    )  # fmt: skip
 
 
 @cache
-def _layout() -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+def _layout(row_bytes: int, bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(
+        swizzle_byte_width=min(row_bytes, 128), element_bitwidth=bits, rank=4
+    )
