@@ -37,7 +37,7 @@ DEVICES = {
 GPUS = {(9, 0): "NVIDIA H100 80GB HBM3"}
 """Whose tuned tiles are launched, by architecture; the others take the code's own."""
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -10,6 +10,8 @@ import torch
 from longctx.reference import decode as oracle
 from longctx.testing.budget import assert_within_budget
 from longctx_triton import decode
+from longctx_triton.launch import decode_plan as launch_plan
+from longctx_triton.launch.decode_plan import decode_plan
 from longctx_triton.launch.decode_splits import Split, split_keys
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -27,8 +29,10 @@ def _poisoned_outputs():
 @pytest.fixture(params=[1, 3])
 def splits(request, monkeypatch):
     """Run unsplit, and with more splits than some sequences have blocks."""
-    monkeypatch.setattr(decode, "split_keys", lambda *_: Split(request.param, 1))
-    return request.param
+    monkeypatch.setattr(launch_plan, "split_keys", lambda *_: Split(request.param, 1))
+    decode_plan.cache_clear()
+    yield request.param
+    decode_plan.cache_clear()
 
 
 def cache(lengths, capacity, page_size, kv_heads, head_dim, value_dim, dtype):
@@ -136,13 +140,11 @@ def test_options(device, dtype, given, splits):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("mode", ["native", "bits"])
+@pytest.mark.parametrize("mode", ["words", "native", "bits"])
 def test_fp8_cache(device, dtype, page_size, mode, splits, monkeypatch):
-    if device.type == "cuda" and mode == "native" and torch.cuda.get_device_capability() < (8, 9):
+    if device.type == "cuda" and mode != "bits" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("the GPU has no e4m3 conversion")
-    arch = (8, 9) if mode == "native" else (8, 0)
-    known = decode.device_of(device)
-    monkeypatch.setattr(decode, "device_of", lambda _: known._replace(arch=arch))
+    monkeypatch.setattr(launch_plan, "_fp8_mode", lambda *_: mode)
     q = torch.randn(2, 2, 4, 64).to(dtype) * torch.tensor([1e-3, 30.0]).view(2, 1, 1, 1).to(dtype)
     k, v, table = cache([70, 9], 80, page_size, 2, 64, 64, FP8)
     scales = {name: torch.rand(2, 2) + 0.5 for name in ("k_scale", "v_scale")}
@@ -201,7 +203,7 @@ def test_no_batch(device):
 @pytest.mark.parametrize("units", [1, 8, 64, 300])
 @pytest.mark.parametrize("blocks", [1, 7, 64, 2048, 16384, 10**6])
 def test_division(units, blocks):
-    splits, least = split_keys(units, blocks, 132)
+    splits, least = split_keys(units, blocks, 264)
     assert 1 <= splits <= max(1, min(blocks, 256))
     assert 1 <= least <= 16
     if blocks > 128 and splits < 256:  # no program walks far while others are done

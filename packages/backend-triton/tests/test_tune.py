@@ -240,9 +240,10 @@ def test_every_tuned_choice_has_moves_of_fields_that_it_has():
         "index_scores": dsa_tiles.index_tiles(64, 4096, (9, 0)),
     }
     if importlib.util.find_spec("triton"):
-        from longctx_triton import decode, lightning
+        from longctx_triton import lightning
+        from longctx_triton.launch import decode_plan
 
-        chosen["decode"] = decode._tiles(4, 128, 128, 2, False, h100)
+        chosen["decode"] = decode_plan._tiles(4, 128, 128, 2, False, h100)
         chosen["lightning"] = lightning._tiles(128, 128, 64, h100)
     for kernel, tiles in chosen.items():
         assert len(neighbours(tiles, candidates.MOVES[kernel])) >= 4

@@ -19,6 +19,7 @@ from longctx_triton.launch.dsa_tiles import index_backward_tiles, list_tiles
 from longctx_triton.launch.index_scores import bounds_or, score_rows
 from longctx_triton.launch.index_topk import index_topk_forward
 from longctx_triton.launch.mla_hopper import latent_forward, latent_takes
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import signed_scale
 
@@ -51,7 +52,8 @@ def quantize_forward(x: Tensor, *, scale_format: str) -> tuple[Tensor, Tensor]:
     block = padded(dim)
     tile = max(1, 4096 // block)
     hardware = device_of(x.device).arch >= (8, 9)
-    quantize_kernel[(-(-rows // tile),)](
+    launch(
+        quantize_kernel, (-(-rows // tile),),
         x, values if hardware else values.view(torch.uint8), scales, *strides,
         rows, sizes[1], sizes[2], D=dim, BLOCK_D=block, BLOCK_R=tile,
         POWER=scale_format == "ue8m0", HARDWARE=hardware, num_warps=4,
@@ -177,7 +179,8 @@ def topk_attention_forward(
         part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
     scale_log2, q_factor = signed_scale(scale)
-    list_attention_kernel[(programs, parts)](
+    launch(
+        list_attention_kernel, (programs, parts),
         q, k, v, indices, lse if sinks is None else sinks, part_out, part_lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *indices.stride()[:3],
         batch, q_len, k_len, kv_heads, head_tiles, indices.shape[2], slots, span,

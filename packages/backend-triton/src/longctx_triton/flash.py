@@ -19,6 +19,7 @@ from longctx_triton.kernels.flash_backward import (
 from longctx_triton.kernels.flash_forward import flash_forward_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.flash import dkdv_tiles, dq_tiles, forward_tiles
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 
 __all__ = ["flash_backward", "flash_forward"]
@@ -91,7 +92,8 @@ def flash_forward(
             q, k, v = (t.view(torch.uint8) for t in (q, k, v))
     count, units = _tile_count(q_len, cu_seqlens_q, tiles.block_q), batch * q_heads
     grid = (count * units,)
-    flash_forward_kernel[grid](
+    launch(
+        flash_forward_kernel, grid,
         q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k,
         *(None if t is None else t.contiguous() for t in (q_descale, k_descale, v_descale)),
         scale, softcap, left or 0, right or 0,

@@ -18,6 +18,7 @@ from longctx_triton.kernels.lightning_decode import lightning_decode_kernel
 from longctx_triton.kernels.lightning_scan import lightning_scan_kernel, lightning_state_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.lightning_segments import cut_sequence
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["lightning_backward", "lightning_decode_forward", "lightning_forward"]
@@ -93,7 +94,8 @@ def lightning_decode_forward(
         return out
     block_k = triton.next_power_of_2(head_dim)
     block_v = min(DECODE_BLOCK_V, triton.next_power_of_2(value_dim))
-    lightning_decode_kernel[(triton.cdiv(value_dim, block_v), heads, batch)](
+    launch(
+        lightning_decode_kernel, (triton.cdiv(value_dim, block_v), heads, batch),
         q, k, v, state, log_decay, out, scale, heads,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         *state.stride(),

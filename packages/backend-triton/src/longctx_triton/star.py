@@ -11,6 +11,7 @@ from longctx_triton.kernels.key_range import range_attention_kernel
 from longctx_triton.kernels.merge_parts import merge_parts
 from longctx_triton.kernels.star_query import star_query_kernel
 from longctx_triton.launch.device import device_of
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, star_tiles
 
@@ -139,7 +140,8 @@ def _attend_shard(
     group = heads // kv_heads
     tiles = attention_tiles(head_dim, value_dim, device_of(q.device).arch, q_len * group)
     scale_log2, q_factor = signed_scale(scale)
-    star_query_kernel[(batch * kv_heads * -(-q_len * group // tiles.queries), parts)](
+    launch(
+        star_query_kernel, (batch * kv_heads * -(-q_len * group // tiles.queries), parts),
         q, k, v, *(result if past is None else past), *result,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         q_len, k_len, batch, batch * kv_heads, kv_heads, span, scale_log2, q_factor,

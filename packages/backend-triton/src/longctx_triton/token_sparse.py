@@ -17,6 +17,7 @@ from longctx_triton.kernels.token_scores import (
     statistics_kernel,
 )
 from longctx_triton.launch.device import SMALL_SHARED, device_of
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, token_tiles
 
@@ -47,13 +48,15 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     strides = (*q_recent.stride()[:3], *k.stride()[:3])
     shape = {"GROUP": group, "D": head_dim, "BLOCK_D": padded(head_dim)}
     key_block = 32 if gpu.interpreted else 64 if gpu.arch in SMALL_SHARED else 128
-    statistics_kernel[(units * row_tiles, parts)](
+    launch(
+        statistics_kernel, (units * row_tiles, parts),
         q_recent, k, sums, *strides, window, k_len, units, kv_heads, span,
         scale_log2, q_factor, **shape, BM=rows.queries, BN=rows.keys,
         num_warps=rows.warps, num_stages=rows.stages,
     )  # fmt: skip
-    merge_statistics_kernel[(batch * heads,)](sums, totals, window, parts, BLOCK_W=128)
-    share_kernel[(units * -(-prefix // key_block),)](
+    launch(merge_statistics_kernel, (batch * heads,), sums, totals, window, parts, BLOCK_W=128)
+    launch(
+        share_kernel, (units * -(-prefix // key_block),),
         q_recent, k, totals, shares, *strides, window, prefix, units, kv_heads,
         scale_log2, q_factor, **shape, BW=min(64, padded(window)), BN=key_block,
         num_warps=4, num_stages=columns.stages,
@@ -61,9 +64,10 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     if pool == 1:
         return shares
     scores = torch.empty_like(shares)
-    pool_kernel[(batch * heads, -(-prefix // CHUNK))](
-        shares, scores, prefix, POOL=pool, BLOCK=CHUNK
-    )
+    launch(
+        pool_kernel, (batch * heads, -(-prefix // CHUNK)),
+        shares, scores, prefix, POOL=pool, BLOCK=CHUNK,
+    )  # fmt: skip
     return scores
 
 
@@ -83,10 +87,12 @@ def select_tokens_forward(
     means = torch.empty(batch, length, dtype=torch.float64, device=device)
     sums = torch.empty(batch, chunks, dtype=torch.float64, device=device)
     keep = torch.empty(batch, dtype=torch.int32, device=device)
-    head_mean_kernel[(chunks, batch)](
-        scores, means, sums, *scores.stride()[:2], length, heads, BLOCK=CHUNK
-    )
-    keep_count_kernel[(batch,)](
+    launch(
+        head_mean_kernel, (chunks, batch),
+        scores, means, sums, *scores.stride()[:2], length, heads, BLOCK=CHUNK,
+    )  # fmt: skip
+    launch(
+        keep_count_kernel, (batch,),
         means, sums, keep, length, chunks, math.ceil(drop_mass * 2**52), min_tokens,
         BLOCK=4096, num_warps=16,
     )  # fmt: skip
@@ -107,7 +113,8 @@ def token_sparse_forward(
     tiles = token_tiles(head_dim, value_dim, device_of(q.device).arch, indices.shape[2])
     scale_log2, q_factor = signed_scale(scale)
     slot_tiles = -(-indices.shape[2] // tiles.queries)
-    token_set_attention_kernel[(batch * heads * slot_tiles,)](
+    launch(
+        token_set_attention_kernel, (batch * heads * slot_tiles,),
         q, k, v, out, lse, indices, counts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *indices.stride()[:2], counts.stride(0),

@@ -159,7 +159,19 @@ def explain_refusal(explanation: Explanation) -> UnsupportedError:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose_cached(request: OpRequest, asked: str | None, asked_by: str) -> str:
+def _choose_cached(
+    op: str,
+    device_type: str,
+    arch: tuple[int, int] | None,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    features: tuple[str, ...],
+    gradient: bool,
+    asked: str | None,
+    asked_by: str,
+) -> str:
+    # arguments in place of an OpRequest, whose making and hashing cost more than the look-up
+    request = OpRequest(op, device_type, arch, dtype, *sizes, tuple(sorted(features)), gradient)
     if asked is None:
         explanation = _explain_request(request, asked, asked_by)
     else:  # the others are not loaded: one that hangs or crashes does no harm here
@@ -167,7 +179,7 @@ def _choose_cached(request: OpRequest, asked: str | None, asked_by: str) -> str:
     if explanation.chosen is None:
         raise explain_refusal(explanation)
     if asked is None:
-        _log_choice(request.op, explanation.chosen)
+        _log_choice(op, explanation.chosen)
     return explanation.chosen
 
 
@@ -208,20 +220,9 @@ def _resolve(
     backend: str | None,
 ) -> str:
     asked, asked_by = _asked(backend)
-    head_dim, value_dim, q_heads, kv_heads = sizes
-    request = OpRequest(
-        op,
-        device.type,
-        arch_of(device),
-        dtype,
-        head_dim,
-        value_dim,
-        q_heads,
-        kv_heads,
-        tuple(sorted(features)),
-        gradient,
+    return _choose_cached(
+        op, device.type, arch_of(device), dtype, sizes, features, gradient, asked, asked_by
     )
-    return _choose_cached(request, asked, asked_by)
 
 
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo (seconds) here:

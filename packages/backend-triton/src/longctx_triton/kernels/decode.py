@@ -38,6 +38,15 @@ def widen(b_x, FP8: tl.constexpr):
         b_w = b_x
     elif FP8 == "native":
         b_w = b_x.to(tl.float16)
+    elif FP8 == "words":
+        # a byte at a time would be read for the product: four are loaded as one number
+        b_0 = (b_x & 0xFF).to(tl.uint8)
+        b_1 = ((b_x >> 8) & 0xFF).to(tl.uint8)
+        b_2 = ((b_x >> 16) & 0xFF).to(tl.uint8)
+        b_3 = ((b_x >> 24) & 0xFF).to(tl.uint8)
+        b_w = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+        b_w = b_w.reshape([b_x.shape[0], b_x.shape[1] * 4])
+        b_w = b_w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
         # e4m3 bits shifted into place; the exponent's bias differs from fp16's by 8
         bits = b_x.to(tl.uint16)
@@ -99,12 +108,14 @@ def decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PARTIAL: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
 ):
     """Attend ``BLOCK_M`` rows of one KV head to one share of its keys.
 
-    With ``PARTIAL`` the result goes to ``out [splits, B, Sq, Hq, Dv]`` and base-2 ``lse [splits,
-    B, Hq, Sq]`` fp32, without sinks; else to the final tensors. ``stride_kb`` and ``stride_vb``
-    step from page to page when ``PAGE_SIZE`` is not 0.
+    With ``PARTIAL``, fp32 results ``[splits, B, Sq, Hq, Dv]`` and behind them base-2 log-sum-exps
+    ``[splits, B, Hq, Sq]`` go to ``out``, without sinks; else both go to the final tensors.
+    ``stride_kb`` and ``stride_vb`` step from page to page when ``PAGE_SIZE`` is not 0. The caches'
+    strides count what they are read by: elements, or with ``FP8`` "words" four of them.
     """
     # neighbours read the same keys (row blocks), then the heads beside them in memory
     row_blocks = tl.cdiv(q_len * group, BLOCK_M)
@@ -123,6 +134,9 @@ def decode_kernel(
         start = start + blocks * i_split // used
     else:
         stop = start + blocks
+    if DEPENDENTS:
+        # the merge may take its place on the GPU: it waits there until this grid is done
+        tl.extra.cuda.gdc_launch_dependents()
 
     o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # rows: query token major, head of the group
     o_d = tl.arange(0, BLOCK_D)
@@ -149,8 +163,14 @@ def decode_kernel(
     if not HAS_SOFTCAP:
         b_scale = b_scale * LOG2E
 
-    p_k = k_cache + i_h.to(tl.int64) * stride_kh + o_d[None, :]
-    p_v = v_cache + i_h.to(tl.int64) * stride_vh + o_v[None, :]
+    WIDTH: tl.constexpr = 4 if FP8 == "words" else 1
+    if FP8 == "words":
+        k_cache = k_cache.to(tl.pointer_type(tl.int32))
+        v_cache = v_cache.to(tl.pointer_type(tl.int32))
+    o_dk = tl.arange(0, BLOCK_D // WIDTH)
+    o_dv = tl.arange(0, BLOCK_V // WIDTH)
+    p_k = k_cache + i_h.to(tl.int64) * stride_kh + o_dk[None, :]
+    p_v = v_cache + i_h.to(tl.int64) * stride_vh + o_dv[None, :]
     if PAGE_SIZE == 0:
         p_k += i_b.to(tl.int64) * stride_kb
         p_v += i_b.to(tl.int64) * stride_vb
@@ -180,12 +200,12 @@ def decode_kernel(
         m_k = m_n[:, None]
         m_vn = m_n[:, None]
         if BLOCK_D != HEAD_DIM:
-            m_k = m_k & m_d[None, :]
+            m_k = m_k & (o_dk < HEAD_DIM // WIDTH)[None, :]
         if BLOCK_V != VALUE_DIM:
-            m_vn = m_vn & m_v[None, :]
-        if FP8 == "bits":
-            b_k = tl.load(p_k + o_k[:, None], mask=m_k, other=0)  # [BLOCK_N, BLOCK_D]
-            b_v = tl.load(p_v + o_vn[:, None], mask=m_vn, other=0)  # [BLOCK_N, BLOCK_V]
+            m_vn = m_vn & (o_dv < VALUE_DIM // WIDTH)[None, :]
+        if FP8 == "bits" or FP8 == "words":
+            b_k = tl.load(p_k + o_k[:, None], mask=m_k, other=0)  # [BLOCK_N, BLOCK_D / WIDTH]
+            b_v = tl.load(p_v + o_vn[:, None], mask=m_vn, other=0)  # [BLOCK_N, BLOCK_V / WIDTH]
         else:
             b_k = tl.load(p_k + o_k[:, None], mask=m_k, other=0.0)
             b_v = tl.load(p_v + o_vn[:, None], mask=m_vn, other=0.0)
@@ -223,8 +243,10 @@ def decode_kernel(
     i_row = i_b.to(tl.int64)
     if PARTIAL:
         i_row += i_split.to(tl.int64) * batch
+        p_lse = out + splits.to(tl.int64) * batch * q_len * heads * VALUE_DIM
     else:
+        p_lse = lse
         b_lse = b_lse * LN2
     p_o = out + ((i_row * q_len + o_token) * heads + o_head)[:, None] * VALUE_DIM + o_v[None, :]
     tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_m[:, None] & m_v[None, :])
-    tl.store(lse + (i_row * heads + o_head) * q_len + o_token, b_lse, mask=m_m)
+    tl.store(p_lse + (i_row * heads + o_head) * q_len + o_token, b_lse, mask=m_m)

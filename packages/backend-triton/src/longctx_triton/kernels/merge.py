@@ -80,7 +80,6 @@ def merge_kernel(
 @triton.jit(do_not_specialize=["q_len", "heads", "splits", "least_blocks", "window_left", "batch"])
 def merge_splits_kernel(
     outs,
-    lses,
     cache_seqlens,
     sinks,
     out,
@@ -96,11 +95,12 @@ def merge_splits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Merge one row's partial results: those of the splits that its length gave a share.
 
-    ``outs [splits, B, Sq, Hq, Dv]`` and base-2 ``lses [splits, B, Hq, Sq]`` are fp32 and
-    contiguous; the others' slots were never written.
+    ``outs`` holds ``[splits, B, Sq, Hq, Dv]`` and, behind them, base-2 log-sum-exps ``[splits, B,
+    Hq, Sq]``, all fp32; the other splits' slots were never written.
     """
     i_head = tl.program_id(0) % heads
     i_token = tl.program_id(0) // heads
@@ -114,6 +114,9 @@ def merge_splits_kernel(
     i_row = (i_b.to(tl.int64) * q_len + i_token) * heads + i_head
     i_lse = (i_b.to(tl.int64) * heads + i_head) * q_len + i_token
     rows = batch.to(tl.int64) * q_len * heads
+    lses = outs + splits * rows * VALUE_DIM
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()  # until the partial results are there
 
     b_max = tl.full([], float("-inf"), tl.float32)
     if sinks is not None:

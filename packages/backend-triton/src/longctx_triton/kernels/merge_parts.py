@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 
 __all__ = ["merge_parts", "merge_parts_kernel"]
@@ -69,7 +70,8 @@ def merge_parts(
 ) -> None:
     """Merge ``[parts, B, Sq, Hq, Dv]`` and ``[parts, B, Hq, Sq]``, both fp32, into the results."""
     batch, q_len, heads, value_dim = out.shape
-    merge_parts_kernel[(batch * q_len * heads,)](
+    launch(
+        merge_parts_kernel, (batch * q_len * heads,),
         parts_out, parts_lse, lse if sinks is None else sinks, out, lse,
         parts_out.shape[0], batch, q_len, heads,
         DV=value_dim, BLOCK_DV=padded(value_dim), BLOCK_P=16, SINKS=sinks is not None,

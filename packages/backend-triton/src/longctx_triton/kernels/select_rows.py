@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx_triton.kernels.topk_keys import NOTHING, chosen_places, middle, ordered_keys
+from longctx_triton.launch.prepared import launch
 
 __all__ = ["CHUNK", "choose_rows", "row_emit_kernel", "row_threshold_kernel"]
 
@@ -155,12 +156,14 @@ def choose_rows(
     capacity, rows = indices.shape[2], batch * heads
     chunks = -(-length // CHUNK)
     found = torch.empty(rows, 3 + 2 * chunks, dtype=torch.int32, device=scores.device)
-    row_threshold_kernel[(rows,)](
+    launch(
+        row_threshold_kernel, (rows,),
         scores, found if keep is None else keep, found, *scores.stride()[:2],
         heads, length, top_k, chunks, KEEP=keep is not None,
         CHUNK=CHUNK, BLOCK=ROW_BLOCK, num_warps=16,
     )  # fmt: skip
-    row_emit_kernel[(rows, -(-max(length, capacity) // CHUNK))](
+    launch(
+        row_emit_kernel, (rows, -(-max(length, capacity) // CHUNK)),
         scores, found, indices, found if counts is None else counts, *scores.stride()[:2],
         heads, length, chunks, capacity, recent, CHUNK=CHUNK, COUNTS=counts is not None,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 __all__ = ["Split", "split_keys"]
 
-CTAS_PER_MULTIPROCESSOR = 2
 MOST_SPLITS = 256
 MOST_BLOCKS = 128
 """Key blocks that one program may walk: a long sequence among short ones must not run alone."""
@@ -33,7 +32,7 @@ class Split(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def split_keys(units: int, blocks: int, processors: int) -> Split:
+def split_keys(units: int, blocks: int, slots: int) -> Split:
     """Choose the number of splits for ``units`` independent runs over at most ``blocks`` blocks.
 
     Parameters
@@ -42,8 +41,8 @@ def split_keys(units: int, blocks: int, processors: int) -> Split:
         Batch times KV heads times row blocks.
     blocks : int
         Key blocks that the cache can hold (or the window can reach).
-    processors : int
-        Streaming multiprocessors.
+    slots : int
+        Programs that the GPU runs at a time.
 
     Returns
     -------
@@ -51,11 +50,10 @@ def split_keys(units: int, blocks: int, processors: int) -> Split:
         The division with the least estimated time when every sequence fills its cache: waves of
         programs times the blocks of one, as in FlashAttention-3's heuristic, plus the merge.
     """
-    slots = CTAS_PER_MULTIPROCESSOR * processors
     most = max(min(blocks, MOST_SPLITS), 1)
     first = max(min(-(-blocks // MOST_BLOCKS), most), 1)
-    # beyond two full waves more splits only add merging
-    last = max(min(most, 2 * slots // units), first)
+    # beyond two full waves, or one more than there must be, more splits only add merging
+    last = max(min(most, max(2 * slots // units, first + slots // units)), first)
 
     def cost(splits: int) -> float:
         waves = -(-units * splits // slots)

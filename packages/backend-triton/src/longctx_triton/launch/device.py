@@ -72,10 +72,10 @@ def _gpu_name(index: int) -> str:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which the tensor's GPU is current, as Triton's launches need it."""
-    index = tensor.device.index
-    if tensor.device.type != "cuda" or index == torch.cuda.current_device():
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device(index)
+    return torch.cuda.device(device.index)
 
 
 def launched(primitive: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +83,10 @@ def launched(primitive: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(primitive)
     def launch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with on_device(first):
+        context = on_device(first)
+        if context is _HERE:
+            return primitive(first, *args, **kwargs)
+        with context:
             return primitive(first, *args, **kwargs)
 
     return launch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longctx_triton.kernels.flash_hopper import ROWS, flash_hopper_kernel
+from longctx_triton.launch.prepared import Block, Prepared
 from longctx_triton.launch.tuning import tuned
 from longctx_triton.launch.widen import widened
 
@@ -106,48 +107,91 @@ def hopper_forward(
     processors : int
         Programs to start, one a multiprocessor.
     """
-    batch, q_len, q_heads, head_dim = q.shape
     fp8 = q.dtype == _FP8
-    tiles = hopper_tiles(head_dim, fp8)
+    plan = _plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.stride(),
+        causal, sinks is not None, scale, section, processors, fp8,
+        hopper_tiles(q.shape[3], fp8),
+    )  # fmt: skip
     if fp8:
         v = widened(v)
+    factors = [None if t is None else t.contiguous() for t in descales]
+    plan(flash_hopper_kernel, q, k, v, out, lse, sinks, *factors)
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    causal: bool,
+    sinks: bool,
+    scale: float,
+    section: int,
+    processors: int,
+    fp8: bool,
+    tiles: HopperTiles,
+) -> Prepared:
+    batch, q_len, q_heads, head_dim = q_shape
     count, units = -(-q_len // (tiles.consumers * ROWS)), batch * q_heads
-    q_descale, k_descale, v_descale = (
-        None if t is None else t.contiguous() for t in descales
-    )  # fmt: skip
-    flash_hopper_kernel[(min(count * units, processors),)](
-        _described(q, ROWS), _described(k, tiles.block_k), _described(v, tiles.block_k),
-        _described(out, ROWS), lse, sinks, q_descale, k_descale, v_descale, scale,
-        count, units, section, q_heads, q_heads // k.shape[2], q_len, k.shape[1],
-        CONSUMERS=tiles.consumers, BLOCK_K=tiles.block_k, HEAD_DIM=head_dim,
-        VALUE_DIM=head_dim, STAGES=tiles.stages, CAUSAL=causal, HAS_SINKS=sinks is not None,
-        PING_PONG=tiles.ping_pong, LAZY=tiles.lazy, POLY=tiles.poly, REGISTERS=tiles.registers,
-        num_warps=4,
+    out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
+    if fp8:  # the values are a contiguous copy
+        v_strides = (k_shape[1] * k_shape[2] * head_dim, k_shape[2] * head_dim, head_dim, 1)
+    narrow = 1 if fp8 else 2
+    return Prepared(
+        (min(count * units, processors),),
+        (
+            scale, count, units, section,
+            q_heads, q_heads // k_shape[2], q_len, k_shape[1],
+        ),
+        {
+            "CONSUMERS": tiles.consumers, "BLOCK_K": tiles.block_k, "HEAD_DIM": head_dim,
+            "VALUE_DIM": head_dim, "STAGES": tiles.stages, "CAUSAL": causal, "HAS_SINKS": sinks,
+            "PING_PONG": tiles.ping_pong, "LAZY": tiles.lazy, "POLY": tiles.poly,
+            "REGISTERS": tiles.registers, "num_warps": 4,
+        },
+        (
+            _block(q_shape, q_strides, ROWS, narrow),
+            _block(k_shape, k_strides, tiles.block_k, narrow),
+            _block(k_shape, v_strides, tiles.block_k, 2),
+            _block(q_shape, out_strides, ROWS, 2),
+        ),
     )  # fmt: skip
 
 
 def _copyable(t: Tensor) -> bool:
-    if t.data_ptr() % 16:
-        return False
-    unit = 16 // t.element_size()
+    return t.data_ptr() % 16 == 0 and _even(t.shape, t.stride(), 16 // t.element_size())
+
+
+@lru_cache(maxsize=512)
+def _even(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
     return all(
         size == 1 or (stride > 0 and stride % unit == 0)
-        for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
+        for size, stride in zip(shape[:3], strides[:3], strict=True)
     )
 
 
-def _described(t: Tensor, rows: int) -> TensorDescriptor:
+def _block(shape: tuple[int, ...], strides: tuple[int, ...], rows: int, itemsize: int) -> Block:
     """Describe blocks ``[1, rows, 1, head_dim]`` of ``[B, S, H, D]`` to the copy engine."""
-    head_dim = t.shape[3]
+    head_dim = shape[3]
     # the stride of an axis with one entry is never used and may be odd
-    strides = [
+    used = [
         head_dim if size == 1 else stride
-        for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
+        for size, stride in zip(shape[:3], strides[:3], strict=True)
     ]
-    return TensorDescriptor(
-        t, list(t.shape), [*strides, 1], [1, rows, 1, head_dim],
-        _layout(head_dim * t.element_size(), 8 * t.element_size()),
-    )  # fmt: skip
+    return Block(shape, (*used, 1), (1, rows, 1, head_dim), _DESCRIPTORS[itemsize])
+
+
+def _descriptor(
+    itemsize: int, tensor: Tensor, shape: list[int], strides: list[int], block_shape: list[int]
+) -> TensorDescriptor:
+    layout = _layout(block_shape[3] * itemsize, 8 * itemsize)
+    return TensorDescriptor(tensor, shape, strides, block_shape, layout)
+
+
+_DESCRIPTORS = {itemsize: partial(_descriptor, itemsize) for itemsize in (1, 2)}
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import Tensor
 from longctx_triton.kernels.index_scores import index_score_kernel
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.dsa_tiles import index_tiles
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 
 __all__ = ["bounds_or", "score_rows"]
@@ -69,7 +70,8 @@ def score_rows(
     spans = max(-(-4 * device.processors // (row_tiles * n_batches)), -(-key_tiles // SPAN_TILES))
     span = -(-key_tiles // min(spans, key_tiles)) * tiles.keys
     ranged, start, end = bounds_or(out, key_start, key_end)
-    index_score_kernel[(row_tiles, -(-width // span), n_batches)](
+    launch(
+        index_score_kernel, (row_tiles, -(-width // span), n_batches),
         q, k, weights, weights if k_scale is None else k_scale, start, end, out,
         *q.stride()[:3], *k.stride()[:2], *weights.stride()[:2],
         0 if k_scale is None else k_scale.stride(0), start.stride(0), end.stride(0),

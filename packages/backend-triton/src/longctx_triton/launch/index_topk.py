@@ -12,6 +12,7 @@ from longctx_triton.kernels.select_rows import choose_rows
 from longctx_triton.kernels.topk_segments import topk_segment_kernel
 from longctx_triton.launch import dsa_tiles
 from longctx_triton.launch.index_scores import bounds_or, score_rows
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 
 __all__ = ["index_topk_forward"]
@@ -128,7 +129,8 @@ def _choose_in_segments(
             keys_out = torch.empty(shape, dtype=torch.int32, device=scores.device)
             positions_out = torch.empty(shape, dtype=torch.int32, device=scores.device)
             counts_out = torch.empty(shape[:2], dtype=torch.int32, device=scores.device)
-        topk_segment_kernel[(n_rows, segments)](
+        launch(
+            topk_segment_kernel, (n_rows, segments),
             source, positions, counts, start, end, keys_out, positions_out, counts_out,
             start.stride(0), end.stride(0), batches[0], rows[0], rows_a_batch, q_len, shift,
             k_len, _stride(width), segments_in, top_k,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx_triton.kernels.widen import widen_kernel
+from longctx_triton.launch.prepared import launch
 
 __all__ = ["widened"]
 
@@ -19,7 +20,8 @@ def widened(t: Tensor) -> Tensor:
     rows = batch * seq * heads
     strides = (stride if size > 1 else 0 for size, stride in zip(t.shape, t.stride(), strict=True))
     stride_b, stride_s, stride_h, _ = strides
-    widen_kernel[(-(-rows // _ROWS),)](
+    launch(
+        widen_kernel, (-(-rows // _ROWS),),
         t, out, rows, seq, heads, stride_b, stride_s, stride_h,
         HEAD_DIM=head_dim, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip

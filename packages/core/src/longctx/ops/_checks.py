@@ -37,9 +37,10 @@ def check_axes(name: str, tensor: Tensor, axes: str) -> None:
     """Raise if ``tensor`` is not a tensor with the named axes and a unit last stride."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor ({axes}), got {type(tensor).__name__}")
-    if tensor.ndim != axes.count(",") + 1:
+    ndim = tensor.ndim
+    if ndim != axes.count(",") + 1:
         raise ValueError(f"{name} must be ({axes}), got shape {tuple(tensor.shape)}")
-    if tensor.ndim > 1 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if ndim > 1 and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{name} must have a unit stride in its last axis, got strides "
             f"{tuple(tensor.stride())}: call .contiguous()"
@@ -85,11 +86,15 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"q and {name} must share a dtype, got {q.dtype} and {other.dtype}: "
                 "cast one of them"
             )
-        check_same("batch", "q", q.shape[0], name, other.shape[0])
-    check_same("k_len", "k", k.shape[1], "v", v.shape[1])
-    check_same("kv_heads", "k", k.shape[2], "v", v.shape[2])
-    check_same("head_dim", "q", q.shape[3], "k", k.shape[3])
-    check_heads(q.shape[2], k.shape[2])
+    batch, _, q_heads, head_dim = q.shape
+    k_batch, k_len, kv_heads, k_dim = k.shape
+    v_batch, v_len, v_heads, _ = v.shape
+    check_same("batch", "q", batch, "k", k_batch)
+    check_same("batch", "q", batch, "v", v_batch)
+    check_same("k_len", "k", k_len, "v", v_len)
+    check_same("kv_heads", "k", kv_heads, "v", v_heads)
+    check_same("head_dim", "q", head_dim, "k", k_dim)
+    check_heads(q_heads, kv_heads)
 
 
 def check_heads(q_heads: int, kv_heads: int) -> None:

@@ -48,29 +48,35 @@ def check_tensors(
     check_axes("cache_seqlens", cache_seqlens, "batch")
     for name, tensor in (("k_cache", k), ("v_cache", v), ("cache_seqlens", cache_seqlens)):
         check_device("q", q, name, tensor)
-    if k.dtype not in (q.dtype, FP8):
+    dtype, cache_dtype = q.dtype, k.dtype
+    if cache_dtype not in (dtype, FP8):
         raise TypeError(
-            f"k_cache must be fp8 e4m3 or of q's dtype {q.dtype}, got {k.dtype}: cast one of them"
+            f"k_cache must be fp8 e4m3 or of q's dtype {dtype}, got {cache_dtype}: "
+            "cast one of them"
         )
-    if q.dtype == FP8:
+    if dtype == FP8:
         raise TypeError("q must not be fp8 in decode, only the cache: use .to(torch.bfloat16)")
-    check_dtype("v_cache", v, k.dtype)
-    check_same(slots, "k_cache", tuple(k.shape[:2]), "v_cache", tuple(v.shape[:2]))
-    check_same("kv_heads", "k_cache", k.shape[2], "v_cache", v.shape[2])
-    check_same("head_dim", "q", q.shape[3], "k_cache", k.shape[3])
-    check_heads(q.shape[2], k.shape[2])
+    check_dtype("v_cache", v, cache_dtype)
+    batch, q_len, q_heads, head_dim = q.shape
+    *k_slots, kv_heads, k_dim = k.shape
+    *v_slots, v_heads, _ = v.shape
+    if k_slots != v_slots:
+        check_same(slots, "k_cache", tuple(k_slots), "v_cache", tuple(v_slots))
+    check_same("kv_heads", "k_cache", kv_heads, "v_cache", v_heads)
+    check_same("head_dim", "q", head_dim, "k_cache", k_dim)
+    check_heads(q_heads, kv_heads)
     check_dtype("cache_seqlens", cache_seqlens, torch.int32)
-    check_same("batch", "q", q.shape[0], "cache_seqlens", cache_seqlens.shape[0])
+    check_same("batch", "q", batch, "cache_seqlens", cache_seqlens.shape[0])
     if page_table is None:
-        check_same("batch", "q", q.shape[0], "k_cache", k.shape[0])
+        check_same("batch", "q", batch, "k_cache", k_slots[0])
     else:
         check_axes("page_table", page_table, "batch, max_pages")
         check_device("q", q, "page_table", page_table)
         check_dtype("page_table", page_table, torch.int32)
-        check_same("batch", "q", q.shape[0], "page_table", page_table.shape[0])
-    if not 1 <= q.shape[1] <= MAX_QUERIES:
+        check_same("batch", "q", batch, "page_table", page_table.shape[0])
+    if not 1 <= q_len <= MAX_QUERIES:
         raise ValueError(
-            f"q_len must be 1 to {MAX_QUERIES} in decode, got {q.shape[1]}: longer runs of tokens "
+            f"q_len must be 1 to {MAX_QUERIES} in decode, got {q_len}: longer runs of tokens "
             "are for flash_attention"
         )
 

@@ -150,23 +150,27 @@ def decode_attention_with_lse(
         check_tensors(q, k_cache, v_cache, cache_seqlens, page_table)
         check_options(q, k_cache, softcap, sinks, scale, k_scale, v_scale)
         check_lengths(q, k_cache, cache_seqlens, page_table)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    used = (
-        ("paged", page_table is not None),
-        ("multi-token", q.shape[1] > 1),
-        ("fp8", k_cache.dtype == FP8),
-        ("window", left is not None),
-        ("softcap", softcap > 0),
-        ("sinks", sinks is not None),
-    )
+    _, q_len, q_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    features: tuple[str, ...] = () if page_table is None else ("paged",)
+    if q_len > 1:
+        features += ("multi-token",)
+    if k_cache.dtype == FP8:
+        features += ("fp8",)
+    if left is not None:
+        features += ("window",)
+    if softcap > 0:
+        features += ("softcap",)
+    if sinks is not None:
+        features += ("sinks",)
     chosen = choose(
         "decode_attention",
         q,
-        head_dim=q.shape[3],
+        head_dim=head_dim,
         value_dim=v_cache.shape[3],
-        q_heads=q.shape[2],
+        q_heads=q_heads,
         kv_heads=k_cache.shape[2],
-        features=tuple(name for name, on in used if on),
+        features=features,
         gradient=needs_gradient(q, k_cache, v_cache, sinks),
         backend=backend,
     )
