@@ -130,11 +130,11 @@ def index_backward_case() -> None:
     )  # fmt: skip
 
 
-def index_topk_case(top_k: int, length: int) -> None:
-    """Choose keys for two tokens: in segments, or by a threshold where top_k is large."""
-    q, k = fake(1, 2, 64, 128), fake(1, length, 128)
+def index_topk_case(top_k: int, length: int, tokens: int = 2) -> None:
+    """Choose keys: of parts of few rows, of rows in turn, or row by row where top_k is large."""
+    q, k = fake(1, tokens, 64, 128), fake(1, length, 128)
     dsa.index_topk_forward(
-        q, k, None, floats(1, 2, 64), top_k,
+        q, k, None, floats(1, tokens, 64), top_k,
         causal=True, key_start=None, key_end=None, deterministic=True,
     )  # fmt: skip
 
@@ -244,6 +244,7 @@ CASES: dict[str, Callable[[], None]] = {
     "index backward": index_backward_case,
     "index topk": partial(index_topk_case, 2048, 100_001),
     "index topk large": partial(index_topk_case, 8192, 100_001),
+    "index topk rows": partial(index_topk_case, 2048, 100_001, 500),
     "topk attention latent": partial(latent_hopper_case, least=128),
     "topk attention latent decode": partial(latent_hopper_case, least=128, tokens=1),
     "topk attention latent hopper": latent_hopper_case,

@@ -131,10 +131,10 @@ TABLE = (
     ("token_set_attention_kernel", DOT, "token sparse 128", "token sparse 64"),
     ("quantize_kernel", PLAIN, "quantize", "quantize ue8m0"),
     ("index_score_kernel", DOT, "index scores; index scores fp8",
-     "index scores fp8 one token; index scores ranged; index topk"),
+     "index scores fp8 one token; index scores ranged; index topk; index topk rows"),
     ("score_backward_queries_kernel", DOT, "index backward", ""),
     ("score_backward_keys_kernel", DOT, "index backward", ""),
-    ("topk_segment_kernel", PLAIN, "index topk", ""),
+    ("topk_rows_kernel", PLAIN, "index topk rows", "index topk"),
     ("list_attention_kernel", NARROW, "topk attention 128",
      "topk attention 64; topk attention 64 pages; topk attention 128 pages"),
     ("list_attention_kernel", AMPERE_UNSTAGED, "topk attention wide", ""),
@@ -188,6 +188,8 @@ def test_listing(kernel, case, arch, kinds):
         if kernel == "flash_hopper_kernel":
             assert OVERLAPPED in listing.ptx
             assert exponentials_under_products(listing.sass) >= 30, "the softmax waits for values"
+        if kernel == "topk_rows_kernel":  # places are called contiguous, and are not
+            assert "st.global.v" not in listing.ptx
         if case in FP8_CASES and arch == "sm_90a" and kernel != "widen_kernel":
             assert FP8_PRODUCT in listing.ptx
 

@@ -11,7 +11,8 @@ from longctx import TopKPlan
 from longctx.reference import dsa as oracle
 from longctx.testing.budget import assert_within_budget
 from longctx_triton import dsa
-from longctx_triton.launch import dsa_tiles
+from longctx_triton.launch import index_topk
+from longctx_triton.launch.topk_tiles import TopkTiles, topk_tiles
 
 FP8 = torch.float8_e4m3fn
 
@@ -146,12 +147,22 @@ def select(q, k, k_scale, weights, top_k, *, causal=True, key_start=None, key_en
 SHAPES = [(3, 181, 16), (6, 30, 1), (9, 9, 8), (9, 9, 10), (1, 150, 8), (9, 5, 3)]
 
 
-@pytest.mark.parametrize("segment", [16384, 64])  # at once; levels of segments, or row by row
+def narrow_tiles(block=16, sample=16):
+    """Several blocks and parts a row, few entries that fit, and samples that often mislead."""
+    return lambda top_k: TopkTiles(
+        block, block, max(32, 1 << (2 * top_k).bit_length()), sample, 4, 64, 4
+    )
+
+
+TILES = {"shipped": topk_tiles, "narrow": narrow_tiles(), "row by row": lambda _: None}
+
+
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("budget", ["512", "0.004"])  # all rows at once; a few at a time
 @pytest.mark.parametrize(("q_len", "k_len", "top_k"), SHAPES)
-def test_topk_equals_oracle_with_ties(device, monkeypatch, q_len, k_len, top_k, budget, segment):
+def test_topk_equals_oracle_with_ties(device, monkeypatch, q_len, k_len, top_k, budget, tiles):
     monkeypatch.setenv("LONGCTX_INDEX_BUDGET_MIB", budget)
-    monkeypatch.setattr(dsa_tiles, "SEGMENT", segment)
+    monkeypatch.setattr(index_topk, "topk_tiles", TILES[tiles])
     q, k, k_scale, weights = whole_numbers(device, q_len, k_len, torch.float16)
     for causal, bounds in ((True, {}), (False, ranges(device, q_len, k_len))):
         chosen = select(q, k, k_scale, weights, top_k, causal=causal, **bounds)
@@ -161,7 +172,7 @@ def test_topk_equals_oracle_with_ties(device, monkeypatch, q_len, k_len, top_k, 
 
 @pytest.mark.parametrize("top_k", [16, 40])
 def test_topk_of_fp8_equals_oracle(device, monkeypatch, top_k):
-    monkeypatch.setattr(dsa_tiles, "SEGMENT", 64)
+    monkeypatch.setattr(index_topk, "topk_tiles", narrow_tiles())
     q, k, k_scale, weights = whole_numbers(device, 5, 150, torch.float32)
     q, k = q.to(FP8), k.to(FP8)
     chosen = select(q, k, k_scale, weights, top_k)
@@ -185,16 +196,21 @@ PROFILES = {
 }
 
 
-@pytest.mark.parametrize("segment", [64, 16])
+@pytest.mark.parametrize("tiles", [narrow_tiles(), narrow_tiles(32, 32)])
+@pytest.mark.parametrize("multiprocessors", [1, 8])  # rows in turn; parts of a row at once
 @pytest.mark.parametrize("profile", PROFILES)
-def test_topk_of_difficult_scores(device, monkeypatch, profile, segment):
-    monkeypatch.setattr(dsa_tiles, "SEGMENT", segment)
+def test_topk_of_difficult_scores(device, monkeypatch, profile, multiprocessors, tiles):
+    monkeypatch.setattr(index_topk, "topk_tiles", tiles)
+    device_of = index_topk.device_of
+    monkeypatch.setattr(
+        index_topk, "device_of", lambda d: device_of(d)._replace(processors=multiprocessors)
+    )
     values = PROFILES[profile](151).float().to(device)
     # key s scores exactly values[s]: a positive or a negative unit, times its scale
-    q = torch.eye(2, 32, device=device).half().expand(1, 1, 2, 32)
+    q = torch.eye(2, 32, device=device).half().expand(1, 5, 2, 32)
     k = torch.zeros(1, 151, 32, device=device).half()
     k[0, :, 0], k[0, :, 1] = values > 0, values < 0
-    weights = torch.tensor([1.0, -1.0], device=device).expand(1, 1, 2)
+    weights = torch.tensor([1.0, -1.0], device=device).expand(1, 5, 2)
     chosen = select(q, k, values.abs().unsqueeze(0), weights, 11)
     exact = oracle.index_topk(q, k, values.abs().unsqueeze(0), weights, 11)
     assert torch.equal(chosen, exact)

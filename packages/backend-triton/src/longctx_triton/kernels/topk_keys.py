@@ -5,10 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["NOTHING", "chosen_places", "middle", "ordered_keys"]
+__all__ = [
+    "LEAST",
+    "MOST",
+    "NOTHING",
+    "chosen_places",
+    "key_score",
+    "middle",
+    "ordered_keys",
+]
 
 NOTHING = tl.constexpr(-(2**31))
 """The key of what is never chosen; no number has it."""
+
+LEAST = tl.constexpr(-0x7F800000)
+"""The key of the lowest finite number."""
+
+MOST = tl.constexpr(0x7F800000)
+"""The key of infinity."""
 
 
 @triton.jit
@@ -18,6 +32,12 @@ def ordered_keys(b_x):
     # negative floats order by falling magnitude bits: flip those
     b_keys = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
     return tl.where(b_x > float("-inf"), b_keys, NOTHING)
+
+
+@triton.jit
+def key_score(key):
+    """Return the score of a key between LEAST and MOST; the key below zero's is zero, too."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -9,16 +9,12 @@ from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.tuning import tuned
 
 __all__ = [
-    "SEGMENT",
     "IndexTiles",
     "ListTiles",
     "index_backward_tiles",
     "index_tiles",
     "list_tiles",
 ]
-
-SEGMENT = 16384
-"""Scores that one program of the top-k keeps in its registers."""
 
 
 class IndexTiles(NamedTuple):

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from longctx.settings import budget_bytes
 from longctx_triton.kernels.select_rows import choose_rows
-from longctx_triton.kernels.topk_segments import topk_segment_kernel
-from longctx_triton.launch import dsa_tiles
+from longctx_triton.kernels.topk_rows import topk_rows_kernel
+from longctx_triton.launch.device import device_of
 from longctx_triton.launch.index_scores import bounds_or, score_rows
 from longctx_triton.launch.prepared import launch
-from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.topk_tiles import TopkTiles, part_count, topk_tiles
 
 __all__ = ["index_topk_forward"]
 
@@ -45,11 +45,8 @@ def index_topk_forward(
         return result
     if k_len == 0:
         return result.fill_(-1)
-    in_segments = 2 * _slots(top_k) <= dsa_tiles.SEGMENT
-    row_bytes = 4 * _stride(k_len) + (
-        _level_bytes(k_len, top_k) if in_segments else k_len // 64 + 64
-    )
-    rows = max(1, budget_bytes("LONGCTX_INDEX_BUDGET_MIB") // row_bytes)
+    tiles = topk_tiles(top_k)
+    programs, rows = _within_budget(tiles, k_len, device_of(q.device).processors)
     rows, batches = min(rows, q_len), max(1, min(rows // q_len, batch, MOST_BATCHES))
     scores = torch.empty(batches * rows * _stride(k_len), dtype=torch.float32, device=q.device)
     shift = k_len - q_len
@@ -64,12 +61,13 @@ def index_topk_forward(
             score_rows(
                 q, k, weights, k_scale, key_start, key_end, scores, causal=causal,
                 batches=(b0, b1), rows=(t0, t1), width=width, stride=_stride(width),
-                fill=not in_segments,
+                fill=tiles is None,
             )  # fmt: skip
-            if in_segments:
-                _choose_in_segments(
-                    scores, result, key_start, key_end, causal=causal, batches=(b0, b1),
-                    rows=(t0, t1), shift=shift, width=width, k_len=k_len,
+            if tiles is not None:
+                _choose(
+                    tiles, programs, scores, result, key_start, key_end,
+                    batches=(b0, b1), rows=(t0, t1), shift=shift if causal else k_len,
+                    width=width, k_len=k_len,
                 )  # fmt: skip
             else:
                 shape = (b1 - b0, t1 - t0, _stride(width))
@@ -83,60 +81,57 @@ def _stride(width: int) -> int:
     return -(-width // 16) * 16
 
 
-def _slots(top_k: int) -> int:
-    """Return how many candidates a segment may keep; a search for exactly top_k takes longer."""
-    return 2 * padded(top_k)
+def _within_budget(tiles: TopkTiles | None, k_len: int, multiprocessors: int) -> tuple[int, int]:
+    """Return how many programs choose at a time, and how many rows of scores fit beside them."""
+    budget = budget_bytes("LONGCTX_INDEX_BUDGET_MIB")
+    row_bytes = 4 * _stride(k_len)
+    if tiles is None:
+        return 0, max(1, budget // (row_bytes + k_len // 64 + 64))
+    fitting = budget // 8 // tiles.kept_bytes
+    programs = max(1, min(tiles.resident * multiprocessors, fitting))
+    rows = max(1, (budget - programs * tiles.kept_bytes) // row_bytes)
+    # every program takes as many rows as the others
+    return programs, rows - rows % programs if rows > programs else rows
 
 
-def _level_bytes(k_len: int, top_k: int) -> int:
-    """Return the bytes of a row's candidates: keys and positions, two levels at a time."""
-    segments = -(-k_len // dsa_tiles.SEGMENT)
-    return 0 if segments == 1 else 2 * segments * (8 * _slots(top_k) + 4)
-
-
-def _choose_in_segments(
+def _choose(
+    tiles: TopkTiles,
+    programs: int,
     scores: Tensor,
     result: Tensor,
     key_start: Tensor | None,
     key_end: Tensor | None,
     *,
-    causal: bool,
     batches: tuple[int, int],
     rows: tuple[int, int],
     shift: int,
     width: int,
     k_len: int,
 ) -> None:
-    """Reduce rows of scores level by level to one segment, whose best are the result."""
+    """Choose of rows of scores, few rows in parts; query ``t`` sees keys before t + shift + 1."""
     q_len, top_k = result.shape[1:]
     rows_a_batch = rows[1] - rows[0]
     n_rows = (batches[1] - batches[0]) * rows_a_batch
-    slots = _slots(top_k)
+    # two programs a multiprocessor keep it busy, and more of them are more to merge
+    parts = part_count(
+        n_rows, width, tiles.part_block, min(programs, 2 * device_of(scores.device).processors)
+    )
+    programs = min(programs, n_rows)
+    size = programs * parts * tiles.kept_bytes // 4
+    kept = torch.empty(size, dtype=torch.int32, device=scores.device)
+    counts = kept
+    if parts > 1:
+        counts = torch.zeros(n_rows * (1 + parts), dtype=torch.int32, device=scores.device)
     ranged, start, end = bounds_or(result, key_start, key_end)
-    entries, segments_in = width, 0
-    source, positions, counts = scores, result, result
-    last = False
-    # two programs a multiprocessor hide each other's barriers; the interpreter has no such option
-    registers = {"maxnreg": 64} if scores.is_cuda else {}
-    while not last:
-        segment = min(dsa_tiles.SEGMENT, padded(entries))
-        segments = -(-entries // segment)
-        last = segments == 1
-        if last:
-            keys_out, positions_out, counts_out = result, result, result
-        else:
-            shape = (n_rows, segments, slots)
-            keys_out = torch.empty(shape, dtype=torch.int32, device=scores.device)
-            positions_out = torch.empty(shape, dtype=torch.int32, device=scores.device)
-            counts_out = torch.empty(shape[:2], dtype=torch.int32, device=scores.device)
-        launch(
-            topk_segment_kernel, (n_rows, segments),
-            source, positions, counts, start, end, keys_out, positions_out, counts_out,
-            start.stride(0), end.stride(0), batches[0], rows[0], rows_a_batch, q_len, shift,
-            k_len, _stride(width), segments_in, top_k,
-            SEGMENT=segment, SLOTS=slots, LEVEL0=segments_in == 0, LAST=last,
-            CAUSAL=causal, RANGE=ranged,
-            num_warps=max(4, min(16, segment // 1024)), **registers,
-        )  # fmt: skip
-        source, positions, counts = keys_out, positions_out, counts_out
-        segments_in, entries = segments, segments * slots
+    # the interpreter has no such option; parts are few programs, and each has more to hold
+    registers = tiles.registers if parts == 1 else 1024 // tiles.warps
+    most = {"maxnreg": registers} if scores.is_cuda else {}
+    launch(
+        topk_rows_kernel, (parts, programs),
+        scores, start, end, kept, counts, result, start.stride(0), end.stride(0),
+        batches[0], rows[0], rows_a_batch, n_rows, q_len, shift, k_len, _stride(width), top_k,
+        tiles.target(top_k),
+        CAPACITY=tiles.capacity, SAMPLE=tiles.sample,
+        BLOCK=tiles.block if parts == 1 else tiles.part_block, PARTS=parts, RANGE=ranged,
+        num_warps=tiles.warps, **most,
+    )  # fmt: skip
