@@ -14,7 +14,7 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "block sparse 128 of 64 on sm_80": {"3.9": (16, 16)},
     },
     "decode_kernel": {
-        "decode 128 tokens on sm_80": {"3.9": (16, 16)},
+        "decode 128 tokens on sm_80": {"3.9": (80, 40)},
     },
     "flash_dkdv_kernel": {
         "flash backward 128 all on sm_80": {"3.6": (16, 16), "3.9": (16, 16)},
@@ -71,9 +71,9 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "topk attention wide on sm_90a": {"3.6": (168, 64), "3.9": (272, 120)},
     },
     "range_attention_kernel": {
-        "star context 128 on sm_90a": {"3.9": (200, 96)},
-        "window sparse 128 on sm_90a": {"3.6": (32, 24), "3.9": (224, 104)},
-        "window sparse 128 by head on sm_90a": {"3.6": (32, 24), "3.9": (224, 104)},
+        "star context 128 on sm_90a": {"3.6": (16, 16), "3.9": (136, 64)},
+        "window sparse 128 on sm_90a": {"3.6": (24, 16), "3.9": (112, 56)},
+        "window sparse 128 by head on sm_90a": {"3.6": (24, 16), "3.9": (112, 56)},
     },
     "row_threshold_kernel": {
         "index topk large on sm_90a": {"3.9": (0, 16)},
@@ -83,14 +83,14 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
     },
     "star_query_kernel": {
         "star query 128 chained on sm_80": {"3.9": (16, 16)},
-        "star query 128 chained on sm_90a": {"3.6": (72, 40), "3.9": (208, 104)},
+        "star query 128 chained on sm_90a": {"3.9": (56, 32)},
     },
     "stripe_attention_kernel": {
         "stripe sparse 128 on sm_80": {"3.6": (176, 72), "3.9": (176, 72)},
     },
     "token_set_attention_kernel": {
         "token sparse 128 on sm_80": {"3.6": (72, 40), "3.9": (64, 40)},
-        "token sparse 128 on sm_90a": {"3.9": (48, 32)},
+        "token sparse 128 on sm_90a": {"3.9": (32, 24)},
     },
     "topk_rows_kernel": {
         "index topk on sm_80": {"3.6": (344, 160)},
@@ -105,11 +105,6 @@ The top-k of rows trades spills for a second program a multiprocessor (its ``max
 """
 
 SERIALIZED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    "block_attention_kernel": {
-        "block sparse 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
-        "block sparse 64 on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-        "block sparse 64 of 64 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
-    },
     "flash_dq_kernel": {
         "flash backward 64 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
     },
@@ -119,23 +114,12 @@ SERIALIZED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "flash 64 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
         "flash 64 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
     },
-    "range_attention_kernel": {
-        "star context 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
-        "star context 64 on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-        "window sparse 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
-        "window sparse 128 by head on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
-        "window sparse 64 on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-        "window sparse 64 by head on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-    },
     "star_query_kernel": {
-        "star query 128 chained on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
+        "star query 128 chained on sm_90a": {"3.6": "C7515"},
     },
     "stripe_attention_kernel": {
         "stripe sparse 128 on sm_90a": {"3.9": "C7515"},
         "stripe sparse 64 on sm_90a": {"3.9": "C7515"},
-    },
-    "token_set_attention_kernel": {
-        "token sparse 128 on sm_90a": {"3.6": "C7513", "3.9": "C7513"},
     },
 }
 """The assembler's warning that the products of a warpgroup do not overlap.

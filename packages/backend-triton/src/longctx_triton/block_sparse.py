@@ -69,6 +69,7 @@ def block_sparse_forward(
         q_len, k.shape[1], batch * heads, heads, heads // k.shape[2],
         heads // counts.shape[1], indices.shape[3], tiles_a_block, scale_log2, q_factor,
         D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
+        SIGNED=q_factor != 1.0,
         BM=queries, BN=keys, BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=causal,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -102,6 +103,7 @@ def window_sparse_forward(
         k_len - q_len, q_len, row_tiles, min(sink_tokens, k_len), min(window, k_len),
         min(last_queries, q_len), scale_log2, q_factor,
         D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
+        SIGNED=q_factor != 1.0,
         BM=tiles.queries, BN=tiles.keys, BY_BLOCK=False,
         HEAD_WINDOWS=head_windows is not None,
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -152,6 +154,7 @@ def stripe_sparse_forward(
         q_len, k_len, batch * heads, heads, heads // k.shape[2], heads // sets_a_batch,
         groups, n_vertical, s_list, scale_log2, q_factor,
         D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
+        SIGNED=q_factor != 1.0,
         TILE=tile.queries, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse

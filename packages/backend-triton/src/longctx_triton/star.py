@@ -47,6 +47,7 @@ def star_context_forward(
         origin, block_size, tiles_a_block, min(anchor_size, block_size), 0, 0,
         scale_log2, q_factor,
         D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
+        SIGNED=q_factor != 1.0,
         BM=tiles.queries, BN=tiles.keys, BY_BLOCK=True, HEAD_WINDOWS=False,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -146,7 +147,7 @@ def _attend_shard(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         q_len, k_len, batch, batch * kv_heads, kv_heads, span, scale_log2, q_factor,
         GROUP=group, D=head_dim, DV=value_dim,
-        BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
+        BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim), SIGNED=q_factor != 1.0,
         BM=tiles.queries, BN=tiles.keys, CAUSAL=causal, RESUME=past is not None,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

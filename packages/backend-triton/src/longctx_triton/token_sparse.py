@@ -121,6 +121,7 @@ def token_sparse_forward(
         q_len, k.shape[1], batch * heads, heads, heads // k.shape[2],
         heads // indices.shape[1], indices.shape[2], scale_log2, q_factor,
         D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
+        SIGNED=q_factor != 1.0,
         BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, lse

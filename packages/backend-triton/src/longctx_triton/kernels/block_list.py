@@ -56,6 +56,7 @@ def block_attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Grid ``(units * query tiles,)``; a tile of BM rows lies within one query block.
 
@@ -80,7 +81,7 @@ def block_attention_kernel(
     p_k = k + i_b * s_kb + i_h // group * s_kh
     p_v = v + i_b * s_vb + i_h // group * s_vh
     b_q = load_rows(q + i_b * s_qb + i_h * s_qh, o_m, s_qn, m_m, D, BLOCK_D)
-    b_q = (b_q.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [BM, D]
+    b_q = b_q.to(k.dtype.element_ty)  # [BM, D]
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BLOCK_DV], tl.float32)
@@ -105,6 +106,8 @@ def block_attention_kernel(
         b_k = load_rows(p_k, o_n, s_kn, m_n, D, BLOCK_D)  # [BN, D]
         b_v = load_rows(p_v, o_n, s_vn, m_n, DV, BLOCK_DV)  # [BN, DV]
         b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
+        if SIGNED:
+            b_s *= q_factor
         if not whole:
             keep = m_n[None, :]
             if CAUSAL:

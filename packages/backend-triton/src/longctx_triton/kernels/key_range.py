@@ -58,6 +58,7 @@ def range_attention_kernel(
     BN: tl.constexpr,
     BY_BLOCK: tl.constexpr,
     HEAD_WINDOWS: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Grid ``(units * tiles,)``; the last tiles, which see the most, start first."""
     i_t = (tl.num_programs(0) - 1 - tl.program_id(0)) // units
@@ -93,7 +94,7 @@ def range_attention_kernel(
     p_k = k + b64 * s_kb + h64 // group * s_kh
     p_v = v + b64 * s_vb + h64 // group * s_vh
     b_q = load_rows(q + b64 * s_qb + h64 * s_qh, o_p - first, s_qn, m_p, D, BLOCK_D)
-    b_q = (b_q.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [BM, D]
+    b_q = b_q.to(k.dtype.element_ty)  # [BM, D]
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BLOCK_DV], tl.float32)
@@ -111,6 +112,8 @@ def range_attention_kernel(
         b_k = load_rows(p_k, o_n, s_kn, m_n, D, BLOCK_D)  # [BN, D]
         b_v = load_rows(p_v, o_n, s_vn, m_n, DV, BLOCK_DV)  # [BN, DV]
         b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
+        if SIGNED:
+            b_s *= q_factor
         if not whole:
             m_near = (o_n[None, :] >= b_low[:, None]) | (o_n < anchor)[None, :]
             keep = m_near & m_n[None, :] & (o_n[None, :] <= o_p[:, None])

@@ -1,7 +1,8 @@
 """Device functions shared by the sparse attention kernels: tiles in, a running softmax, rows out.
 
 Scores are kept in units of log2, so that ``exp2`` needs no further product: a kernel is given
-``scale_log2 = |scale| log2(e)`` and multiplies the queries by the sign of the scale, exactly.
+``scale_log2 = |scale| log2(e)``, and multiplies the scores by the sign of the scale where it is
+not positive. Queries are not touched: in registers they would keep products from overlapping.
 """
 
 from __future__ import annotations

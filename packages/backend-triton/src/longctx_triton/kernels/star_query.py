@@ -51,6 +51,7 @@ def star_query_kernel(
     BN: tl.constexpr,
     CAUSAL: tl.constexpr,
     RESUME: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Grid ``(units * row tiles, parts)``; RESUME goes on from an earlier result."""
     i_t = tl.program_id(0) // units
@@ -74,7 +75,7 @@ def star_query_kernel(
     o_d = tl.arange(0, BLOCK_D)
     p_q = q + i_b * s_qb + (o_i.to(tl.int64) * s_qn + o_h * s_qh)[:, None] + o_d[None, :]
     b_q = tl.load(p_q, mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
-    b_q = (b_q.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [BM, D]
+    b_q = b_q.to(k.dtype.element_ty)  # [BM, D]
     o_v = tl.arange(0, BLOCK_DV)
     o_out = ((i_b * q_len + o_i) * heads + o_h) * DV
     o_lse = (i_b * heads + o_h) * q_len + o_i
@@ -97,6 +98,8 @@ def star_query_kernel(
         b_k = load_rows(p_k, o_n, s_kn, m_n, D, BLOCK_D)  # [BN, D]
         b_v = load_rows(p_v, o_n, s_vn, m_n, DV, BLOCK_DV)  # [BN, DV]
         b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
+        if SIGNED:
+            b_s *= q_factor
         if n + BN > whole_end:
             keep = m_n[None, :] & (o_n[None, :] <= b_limit[:, None])
             b_s = tl.where(keep, b_s, float("-inf"))

@@ -143,6 +143,7 @@ def stripe_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     TILE: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Grid ``(units * query tiles,)``; the last tiles, which see the most, start first."""
     i_t = (tl.num_programs(0) - 1 - tl.program_id(0)) // units
@@ -173,7 +174,7 @@ def stripe_attention_kernel(
     p_v = v + i_b * s_vb + i_h // group * s_vh
     p_q = q + i_b * s_qb + i_h * s_qh
     b_q = load_rows(p_q, o_p - first, s_qn, m_p, D, BLOCK_D)
-    b_q = (b_q.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [TILE, D]
+    b_q = b_q.to(k.dtype.element_ty)  # [TILE, D]
     b_m = tl.full([TILE], float("-inf"), tl.float32)
     b_l = tl.zeros([TILE], tl.float32)
     b_acc = tl.zeros([TILE, BLOCK_DV], tl.float32)
@@ -186,6 +187,8 @@ def stripe_attention_kernel(
         b_k = load_rows(p_k, o_n, s_kn, m_n, D, BLOCK_D)  # [TILE, D]
         b_v = load_rows(p_v, o_n, s_vn, m_n, DV, BLOCK_DV)  # [TILE, DV]
         b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE, TILE]
+        if SIGNED:
+            b_s *= q_factor
         if (b_band % 2 == 0) | (n0 < 0):
             b_d = o_p[:, None] - o_n[None, :]
             m_d = (b_d >= 0) & m_n[None, :]
@@ -202,6 +205,8 @@ def stripe_attention_kernel(
         b_k = load_rows(p_k, o_n, s_kn, m_n, D, BLOCK_D)  # [TILE, D]
         b_v = load_rows(p_v, o_n, s_vn, m_n, DV, BLOCK_DV)  # [TILE, DV]
         b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE, TILE]
+        if SIGNED:
+            b_s *= q_factor
         b_keep = (b_listed == 0)[None, :] & (o_n[None, :] <= o_p[:, None])
         b_s = tl.where(b_keep, b_s, float("-inf"))
         b_m, b_l, b_acc = add_tile(b_s, b_v, b_m, b_l, b_acc, scale_log2)

@@ -50,6 +50,7 @@ def token_set_attention_kernel(
     BLOCK_DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Grid ``(units * slot tiles,)``; the last slots, which see the most, start first."""
     i_t = (tl.num_programs(0) - 1 - tl.program_id(0)) // units
@@ -72,7 +73,7 @@ def token_set_attention_kernel(
     p_k = k + i_b * s_kb + i_h // group * s_kh
     p_v = v + i_b * s_vb + i_h // group * s_vh
     b_q = load_rows(q + i_b * s_qb + i_h * s_qh, b_row, s_qn, m_m, D, BLOCK_D)
-    b_q = (b_q.to(tl.float32) * q_factor).to(k.dtype.element_ty)  # [BM, D]
+    b_q = b_q.to(k.dtype.element_ty)  # [BM, D]
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BLOCK_DV], tl.float32)
@@ -83,6 +84,8 @@ def token_set_attention_kernel(
         b_k = load_rows(p_k, b_n, s_kn, m_n, D, BLOCK_D)  # [BN, D]
         b_v = load_rows(p_v, b_n, s_vn, m_n, DV, BLOCK_DV)  # [BN, DV]
         b_s = tl.dot(b_q, tl.trans(b_k))  # [BM, BN]
+        if SIGNED:
+            b_s *= q_factor
         if n0 + BN > m0:
             keep = m_n[None, :] & (o_n[None, :] <= o_m[:, None])
             b_s = tl.where(keep, b_s, float("-inf"))

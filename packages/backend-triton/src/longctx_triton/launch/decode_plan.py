@@ -168,7 +168,8 @@ def _tiles(
     if device.interpreted:  # the interpreter: several blocks for short caches too
         return _Tiles(16, 16, block_d, block_v, 1, 1, 2)
     # two tiles in flight; behind page numbers, which are loaded ahead, Triton counts five stages
-    stages = 5 if paged else 3
+    deep = device.arch[0] == 9 and block_m == 16 and itemsize == 2
+    stages = 5 if paged else 4 if deep else 3
     if not device.large_shared:
         stages = 2
     num_warps = 8 if block_m == 128 or (block_m == 64 and widest == 256) else 4

@@ -54,7 +54,9 @@ class HopperTiles(NamedTuple):
 @tuned("flash_hopper")
 def hopper_tiles(head_dim: int, fp8: bool) -> HopperTiles:
     """Return the tiles for a head size of 64 or 128 and for queries and keys in fp8 or not."""
-    return HopperTiles(2, 128, 3 if head_dim == 64 else 2, 240, False)
+    if head_dim == 64 and not fp8:
+        return HopperTiles(3, 64, 4, 160, False, True)
+    return HopperTiles(2, 128, 3 if fp8 else 2, 240, False, True)
 
 
 def hopper_takes(q: Tensor, k: Tensor, v: Tensor, right: int | None, scale: float) -> bool:

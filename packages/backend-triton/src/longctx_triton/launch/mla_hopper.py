@@ -12,7 +12,7 @@ from longctx_triton.kernels.mla_hopper import HALF, HEADS, REST, latent_hopper_k
 
 __all__ = ["LEAST_HEADS", "LatentTiles", "latent_forward", "latent_takes", "latent_tiles"]
 
-LEAST_HEADS = 1 << 30
+LEAST_HEADS = 16
 """Query heads from which the kernel, which always multiplies 64, is the faster one."""
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)

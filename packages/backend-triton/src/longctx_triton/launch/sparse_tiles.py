@@ -41,9 +41,9 @@ class Tiles(NamedTuple):
 
 
 def signed_scale(scale: float) -> tuple[float, float]:
-    """Return ``(scale_log2, factor of q)`` with ``scale_log2 > 0``, as the softmax wants it.
+    """Return ``(scale_log2, factor of the scores)``; ``scale_log2 > 0``, as the softmax wants it.
 
-    A scale of 0 zeroes the queries: 0 times a masked -inf would be NaN.
+    A scale of 0 is in the factor, before scores are masked: 0 times -inf would be NaN.
     """
     if scale == 0:
         return 1.0, 0.0
