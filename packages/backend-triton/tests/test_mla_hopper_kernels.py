@@ -76,9 +76,6 @@ class Shared:
     def permute(self, order):
         return Shared(self.data.permute(*order))
 
-    def _reinterpret(self, _dtype, shape, _layout):
-        return Shared(self.data.view(*shape))
-
     def load(self, _layout):
         dawdle()
         return self.data.clone()
@@ -309,11 +306,6 @@ def hopper(monkeypatch):
     return kernel
 
 
-def tiles(monkeypatch, *sizes):
-    chosen = hopper_launch.LatentTiles(*sizes, 0, 0)
-    monkeypatch.setattr(hopper_launch, "latent_tiles", lambda: chosen)
-
-
 def latent(batch, q_len, k_len, heads, slots):
     """Return q, k and lists with holes; one row names nothing, another little."""
     q = torch.randn(batch, q_len, heads, 576).half()
@@ -348,11 +340,9 @@ def run_and_check(q, k, indices, *, sinks=None):
 SHAPES = [(1, 4, 300, 128, 130), (2, 3, 99, 8, 200), (1, 3, 50, 100, 64), (1, 2, 30, 64, 1)]
 
 
-@pytest.mark.parametrize("sizes", [(64, 2, False), (64, 2, True), (32, 4, False), (32, 4, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_oracle(hopper, monkeypatch, shape, sizes):
+def test_against_the_oracle(hopper, shape):
     torch.manual_seed(0)
-    tiles(monkeypatch, *sizes)
     made = latent(*shape)
     run_and_check(*made)
     run_and_check(*made, sinks=torch.randn(shape[3]))

@@ -223,12 +223,9 @@ def _pass_on(b_s, b_n, b_m, b_l, scale_log2, weights, slot):
 @gluon.jit
 def _score(
     results, scale_log2, lists, tiles, sizing, q_s, k_s, weights, last,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, HAS_SINKS: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
-    """Multiply queries with keys and pass on weights, then what divides the sums; write lse.
-
-    With AHEAD the products of the next block run during the softmax of this one.
-    """
+    """Multiply queries with keys and pass on weights, then what divides the sums; write lse."""
     lse, sinks = results
     total, tokens, heads, head_tiles, q_len = tiles
     ql_s, qr_s, qt_s, q_full, q_empty = q_s
@@ -248,28 +245,13 @@ def _score(
         b_m = gl.full([_HEADS], float("-inf"), gl.float32, rows)
         b_l = gl.zeros([_HEADS], gl.float32, rows)
         mbarrier.wait(q_full, turn & 1)
-        if AHEAD:
-            if blocks > 0:
-                b_s = _multiply(queries, k_s, step, BLOCK, STAGES, layout)
-                b_n = _listed(p_list, o_col, size, k_len)
-                b_s = warpgroup_mma_wait(0, deps=(b_s,))
-                for i in range(1, blocks):
-                    b_new = _multiply(queries, k_s, step + 1, BLOCK, STAGES, layout)
-                    b_next = _listed(p_list, i * BLOCK + o_col, size, k_len)
-                    b_m, b_l = _pass_on(b_s, b_n, b_m, b_l, scale_log2, weights, step % STAGES)
-                    b_s = warpgroup_mma_wait(0, deps=(b_new,))
-                    b_n = b_next
-                    step += 1
-                b_m, b_l = _pass_on(b_s, b_n, b_m, b_l, scale_log2, weights, step % STAGES)
-                step += 1
-        else:
-            for i in range(blocks):
-                b_s = _multiply(queries, k_s, step, BLOCK, STAGES, layout)
-                # a fence waits for loads: this one runs beside the products, not before them
-                b_n = _listed(p_list, i * BLOCK + o_col, size, k_len)
-                b_s = warpgroup_mma_wait(0, deps=(b_s,))
-                b_m, b_l = _pass_on(b_s, b_n, b_m, b_l, scale_log2, weights, step % STAGES)
-                step += 1
+        for i in range(blocks):
+            b_s = _multiply(queries, k_s, step, BLOCK, STAGES, layout)
+            # a fence waits for loads: this one runs beside the products, not before them
+            b_n = _listed(p_list, i * BLOCK + o_col, size, k_len)
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            b_m, b_l = _pass_on(b_s, b_n, b_m, b_l, scale_log2, weights, step % STAGES)
+            step += 1
         barrier()
         mbarrier.arrive(q_empty, count=1)
 
@@ -347,7 +329,7 @@ def latent_hopper_kernel(
     q, k, indices, sinks, out, lse,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_ib, s_in,
     total, tokens, q_len, k_len, heads, head_tiles, slots, span, scale_log2,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, LOOK: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, LOOK: gl.constexpr,
     HAS_SINKS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend: q ``[B, Sq, Hq, 576]``, k ``[B, Sk, 1, 576]``, int32 indices ``[B, Sq, 1, K]``.
@@ -362,7 +344,6 @@ def latent_hopper_kernel(
     """
     dtype: gl.constexpr = k.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    p_layout: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK, 16, 2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     ql_s = gl.allocate_shared_memory(dtype, [_HEADS, _HALF], layout)
@@ -372,8 +353,6 @@ def latent_hopper_kernel(
     kr_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, _HALF], layout)
     kt_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, _REST], layout)
     p_s = kt_s
-    if BLOCK != _REST:
-        p_s = kt_s._reinterpret(dtype, [STAGES, _HEADS, BLOCK], p_layout)
     fades = gl.allocate_shared_memory(gl.float32, [STAGES + 1, _HEADS], flat)
     sizes = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
     q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
@@ -410,7 +389,7 @@ def latent_hopper_kernel(
     gl.warp_specialize(
         [
             (_score, ((lse, sinks), scale_log2, lists, tiles, sizing, q_s, k_s, weights, last,
-                      BLOCK, STAGES, AHEAD, HAS_SINKS)),
+                      BLOCK, STAGES, HAS_SINKS)),
             (_weigh, (out, tiles, sizing, kl_s, weights, last, k_empty, 0, STAGES)),
             (_weigh, (out, tiles, sizing, kr_s, weights, last, k_empty, 1, STAGES)),
             (_gather, (tensors, lists, tiles, sizing, q_s, k_s, k_empty, BLOCK, STAGES, LOOK)),

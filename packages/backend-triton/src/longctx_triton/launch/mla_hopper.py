@@ -9,11 +9,15 @@ from torch import Tensor
 
 from longctx_triton.kernels.merge_parts import merge_parts
 from longctx_triton.kernels.mla_hopper import HALF, HEADS, REST, latent_hopper_kernel
+from longctx_triton.launch.prepared import launch
 
 __all__ = ["LEAST_HEADS", "LatentTiles", "latent_forward", "latent_takes", "latent_tiles"]
 
 LEAST_HEADS = 16
 """Query heads from which the kernel, which always multiplies 64, is the faster one."""
+
+BLOCK = REST
+"""Keys of a block: as many as channels that only scores read, whose place the weights take."""
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
@@ -24,26 +28,20 @@ class LatentTiles(NamedTuple):
 
     Attributes
     ----------
-    block : int
-        Keys of a block: 32 or 64.
     stages : int
-        Blocks of keys in flight; memory holds 128 keys.
-    ahead : bool
-        Whether a block's scores are multiplied during the softmax of the block before it.
+        Blocks of keys in flight; memory holds two.
     value_registers, gather_registers : int
         Registers of a thread that multiplies values, and of one that copies.
     """
 
-    block: int
     stages: int
-    ahead: bool
     value_registers: int
     gather_registers: int
 
 
 def latent_tiles() -> LatentTiles:
     """Return the tiles."""
-    return LatentTiles(64, 2, False, 168, 56)
+    return LatentTiles(2, 168, 56)
 
 
 def latent_takes(q: Tensor, k: Tensor, v: Tensor, page_size: int, scale: float) -> bool:
@@ -100,20 +98,21 @@ def latent_forward(
     tiles = latent_tiles()
     head_tiles = -(-heads // HEADS)
     tokens = batch * q_len
-    blocks = max(1, -(-slots // tiles.block))
+    blocks = max(1, -(-slots // BLOCK))
     wanted = max(1, min(processors // (tokens * head_tiles), blocks // 2))
-    span = -(-blocks // wanted) * tiles.block
+    span = -(-blocks // wanted) * BLOCK
     parts = max(1, -(-slots // span))
     part_out, part_lse = out, lse
     if parts > 1:
         part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
     total = parts * tokens * head_tiles
-    latent_hopper_kernel[(min(total, processors),)](
+    launch(
+        latent_hopper_kernel, (min(total, processors),),
         q, k, indices, lse if sinks is None else sinks, part_out, part_lse,
         *q.stride()[:3], *k.stride()[:2], *indices.stride()[:2],
         total, tokens, q_len, k.shape[1], heads, head_tiles, slots, span, scale * _LOG2_E,
-        BLOCK=tiles.block, STAGES=tiles.stages, AHEAD=tiles.ahead, LOOK=512,
+        BLOCK=BLOCK, STAGES=tiles.stages, LOOK=512,
         HAS_SINKS=sinks is not None and parts == 1,
         VALUE_REGISTERS=tiles.value_registers, GATHER_REGISTERS=tiles.gather_registers,
         num_warps=4,

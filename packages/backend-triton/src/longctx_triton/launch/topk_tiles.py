@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from longctx_triton.launch.sparse_tiles import padded
+from longctx_triton.launch.sizes import padded
 
 __all__ = ["TopkTiles", "part_count", "topk_tiles"]
 
