@@ -146,6 +146,7 @@ BAD += [
     (EIGHT | {"k_descale": tensor((2,))}, ValueError, "k_descale must be (batch, kv_heads)"),
     (EIGHT | {"v_descale": tensor((2, 2), torch.float64)}, TypeError, "v_descale must be float32"),
     (EIGHT | {"q_descale": tensor((2, 2), device=META)}, ValueError, "must be on one device"),
+    (EIGHT | {"k_descale": -torch.ones(2, 2)}, ValueError, "k_descale must be at least 0, got -1"),
     ({n: t.int() for n, t in PACKED.items()}, longctx.UnsupportedError, "int32 not in"),
     ({"backend": "tritn"}, longctx.BackendNotFoundError, "no backend is called 'tritn'"),
 ]

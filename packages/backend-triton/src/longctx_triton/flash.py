@@ -48,7 +48,7 @@ def flash_forward(
     """See `longctx.protocols.attention.FlashAttention.flash_forward`.
 
     fp8 scores are fp8 products where the tensor cores have them (sm_89 and later); weights and
-    values meet in fp16, which holds every e4m3 value. Factors of fp8 tensors are above 0.
+    values meet in fp16, which holds every e4m3 value. Factors of fp8 tensors are at least 0.
 
     Environment
     -----------

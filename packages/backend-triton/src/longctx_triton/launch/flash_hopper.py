@@ -102,7 +102,7 @@ def hopper_forward(
     causal : bool
     sinks : Tensor, (q_heads,), float32, optional
     descales : tuple of Tensor, (batch, kv_heads), float32, optional
-        Of q, k and v, above 0.
+        Of q, k and v, at least 0.
     scale : float
     section : int
         Query heads, over all batch entries, whose keys fit the L2 cache together.

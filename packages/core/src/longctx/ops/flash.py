@@ -20,6 +20,7 @@ from longctx.ops._checks import (
     check_sinks,
     check_softcap,
     check_window,
+    values_readable,
 )
 from longctx.ops._library import call, define, needs_gradient
 from longctx.protocols.attention import AttentionOutput
@@ -70,7 +71,7 @@ def flash_attention(
         first. The torch backend reads them on the host, which synchronises a GPU, except for a
         bf16 or fp16 forward without softcap.
     q_descale, k_descale, v_descale : Tensor, (batch, kv_heads), float32, optional
-        Factors of fp8 inputs.
+        Factors of fp8 inputs, at least 0.
     backend : str, optional
         Run on this backend or fail; default: see `longctx.explain`.
 
@@ -236,6 +237,9 @@ def _check_descale(name: str, descale: Tensor | None, q: Tensor, k: Tensor) -> N
     check_device("q", q, f"{name}_descale", descale)
     expected = (k.shape[0], k.shape[2])
     check_same("shape", f"{name}_descale", tuple(descale.shape), "(batch, kv_heads)", expected)
+    if values_readable(descale) and bool((descale < 0).any()):
+        least = descale.min().item()
+        raise ValueError(f"{name}_descale must be at least 0, got {least:g}: negate {name}")
 
 
 def _forward(

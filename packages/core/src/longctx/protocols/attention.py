@@ -88,7 +88,7 @@ class FlashAttention(Protocol):
         ``window_left``/``window_right`` are inclusive, None is unlimited; ``softcap`` 0 is off
         (``c * tanh(s / c)`` on the scaled score otherwise). With ``cu_seqlens_*`` (int32
         ``[N+1]``) the batch is 1 and sequences are packed. ``*_descale`` fp32 ``[B, Hkv]``
-        multiply fp8 inputs; the output of fp8 inputs is bfloat16.
+        (at least 0) multiply fp8 inputs; the output of fp8 inputs is bfloat16.
         """
         ...
 
