@@ -10,6 +10,7 @@ import torch
 from longctx_triton.launch.decode_splits import split_keys
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["DecodePlan", "decode_plan"]
@@ -137,7 +138,7 @@ def decode_plan(
         (left, q_len, heads, splits, least_blocks, batch),
         {
             "VALUE_DIM": value_dim, "BLOCK_V": tiles.block_v, "BLOCK_N": tiles.block_n,
-            "BLOCK_S": max(2, min(16, _power_of_2(splits))), "HAS_WINDOW": windowed,
+            "BLOCK_S": min(16, padded(splits, 2)), "HAS_WINDOW": windowed,
             "DEPENDENT": dependent, "num_warps": 4, **({"launch_pdl": True} if dependent else {}),
         },
     )  # fmt: skip
@@ -152,18 +153,14 @@ def _fp8_mode(device: Device, words: bool) -> str:
     return "words" if words and FP8_WORDS else "native"
 
 
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 @tuned("decode", apart=("rows",))
 def _tiles(
     rows: int, head_dim: int, value_dim: int, itemsize: int, paged: bool, device: Device
 ) -> _Tiles:
-    block_d, block_v = (max(16, _power_of_2(d)) for d in (head_dim, value_dim))
+    block_d, block_v = (padded(d) for d in (head_dim, value_dim))
     widest = max(block_d, block_v)
     most = 128 if widest <= 128 else 64
-    block_m = min(most, max(16, _power_of_2(rows)))
+    block_m = min(most, padded(rows))
     block_n = max(16, min(128 if block_m == 16 else 64, TILE_BYTES // (widest * itemsize)))
     if device.interpreted:  # the interpreter: several blocks for short caches too
         return _Tiles(16, 16, block_d, block_v, 1, 1, 2)
