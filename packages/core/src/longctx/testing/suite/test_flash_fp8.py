@@ -16,6 +16,7 @@ from longctx.testing.suite.test_flash import check_found, check_rows, coded_keys
 __all__ = ["TestFlashFP8"]
 
 FP8 = torch.float8_e4m3fn
+_LEAST_ROWS = 16  # how scores happen to round in bf16 makes a budget of fewer rows one of chance
 
 
 def _widened(tensor: Tensor, descale: Tensor | None) -> Tensor:
@@ -65,7 +66,8 @@ class TestFlashFP8:
             for name, tensor in zip("qkv", tensors, strict=True)
         ]
         exact = oracle.flash_attention(*wide, **options)
-        check_rows(subject, got, exact, _low_precision(*wide, **options))
+        low = _low_precision(*wide, **options)
+        check_rows(subject, got, exact, low, least=_LEAST_ROWS)
 
     @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
     @pytest.mark.parametrize(
