@@ -74,6 +74,27 @@ def test_a_right_contestant_has_figures():
     assert row.error <= row.allowed
 
 
+def test_fp8_inputs_are_measured_and_what_is_off_by_an_eighth_is_not():
+    case = replace(CASE, dtype="fp8_e4m3", causal=False)
+    rows = run(Planted("right", honest), Planted("off", lambda r, c: r * 1.125), case=case)
+    assert (rows["right"].status, rows["off"].status) == (Status.OK, Status.WRONG)
+    ceilings = Ceilings({"fp8_e4m3": 1e12}, copy=1e11, read=1e11)
+    session = Session([PeerContestant(PEERS["sdpa"])], CPU, clock=Clock(CPU), ceilings=ceilings,
+                      seconds=0.01)  # fmt: skip
+    assert session.run(case)[0].note == "SDPA takes no fp8"
+
+
+def test_the_hosts_time_is_that_of_calls_that_nobody_waits_for(monkeypatch):
+    assert run(Planted("a", honest))["a"].host_us is None, "on a CPU the call is the work"
+    clock, calls, waits = Clock(CPU), [], []
+    clock._flush = torch.empty(0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: waits.append(len(calls)))
+    assert clock.host_seconds(lambda: calls.append(time.sleep(1e-3)), 5e-3) == pytest.approx(
+        1e-3, rel=1.0
+    )
+    assert waits == [0, 4, 8, 12]
+
+
 @pytest.mark.parametrize("where", ["small shape", "timed shape"])
 def test_a_wrong_contestant_has_no_figures_and_harms_nobody(where):
     def wrong(result, case):

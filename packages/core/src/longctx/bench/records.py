@@ -53,6 +53,8 @@ class Row:
         That ceiling, ``"compute"`` or ``"memory"``.
     ratios : dict of str to float
         Other contestant's time / this one's, paired by round: above 1 this one is faster.
+    host_us : float or None
+        Microseconds that a call costs the host of a GPU.
     error, allowed : float or None
         Largest error found, and what the data allow, relative to each row's maximum.
     """
@@ -76,6 +78,7 @@ class Row:
     fraction: float | None = None
     bound: str = ""
     ratios: dict[str, float] = field(default_factory=dict)
+    host_us: float | None = None
     error: float | None = None
     allowed: float | None = None
 

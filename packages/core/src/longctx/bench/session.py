@@ -88,9 +88,9 @@ class Session:
                     able.append(contestant)
                 else:
                     outcomes[contestant.name] = failure
-            times = self._timed(case, able, outcomes) if able else {}
+            times, host = self._timed(case, able, outcomes) if able else ({}, {})
             self._free()
-        return [self._row(case, c, outcomes[c.name], times) for c in entrants]
+        return [self._row(case, c, outcomes[c.name], times, host) for c in entrants]
 
     def _small_failure(self, contestant: Contestant, case: Case) -> _Failure | None:
         """Return why a contestant is refused or wrong at the case's small shape; checked once."""
@@ -139,8 +139,8 @@ class Session:
 
     def _timed(
         self, case: Case, able: Sequence[Contestant], outcomes: dict[str, _Failure | Verdict]
-    ) -> dict[str, list[float]]:
-        """Return the rounds of those that are right at full size; enter everybody's outcome."""
+    ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+        """Return rounds, and the host's time, of those that are right; enter all outcomes."""
         workload = WORKLOADS[case.op]
         self._say(f"{case.op} {case.name}: making inputs and exact rows")
         failure: _Failure | None = None
@@ -152,7 +152,7 @@ class Session:
         if failure is not None:
             self._survives("making the inputs", case, failure)
             outcomes.update({c.name: failure for c in able})
-            return {}
+            return {}, {}
         ready: dict[str, Prepared] = {}
         for contestant in able:
             self._say(f"{case.op} {case.name}: checking {contestant.name}")
@@ -168,7 +168,12 @@ class Session:
 
         self._say(f"{case.op} {case.name}: timing {', '.join(ready)}")
         calls = {name: prepared.run for name, prepared in ready.items()}
-        return in_turns(calls, self._clock, seconds=self._seconds, failed=failed)
+        times = in_turns(calls, self._clock, seconds=self._seconds, failed=failed)
+        host = {
+            name: self._clock.host_seconds(calls[name], statistics.median(taken))
+            for name, taken in times.items()
+        }
+        return times, host
 
     def _row(
         self,
@@ -176,6 +181,7 @@ class Session:
         contestant: Contestant,
         outcome: _Failure | Verdict,
         times: dict[str, list[float]],
+        host: dict[str, float | None],
     ) -> Row:
         work = work_of(case)
         failure = outcome if isinstance(outcome, _Failure) else None
@@ -198,6 +204,7 @@ class Session:
             return row
         own = times[contestant.name]
         spread = spread_of(own)
+        on_host = host[contestant.name]
         floor = self._ceilings.floor(work, case.dtype)
         ratios = {
             name: statistics.median(b / a for a, b in zip(own, other, strict=False))
@@ -214,6 +221,7 @@ class Session:
             tbs=work.bytes / spread.median / 1e12,
             fraction=floor.seconds / spread.median,
             bound=floor.bound,
+            host_us=None if on_host is None else on_host * 1e6,
             ratios=ratios,
         )
 

@@ -22,7 +22,14 @@ __all__ = [
     "quantity",
 ]
 
-_FIGURES = (("ms", 6), ("20-80 %", 11), ("TFLOP/s", 7), ("TB/s", 8), ("of ceiling", 11))
+_FIGURES = (
+    ("ms", 6),
+    ("20-80 %", 11),
+    ("TFLOP/s", 7),
+    ("TB/s", 8),
+    ("of ceiling", 11),
+    ("host us", 7),
+)
 """Columns of figures with their least widths, so that the cases stand below one another."""
 
 _STYLES = {Status.WRONG: "red", Status.FAILED: "red", Status.OUT_OF_MEMORY: "yellow"}
@@ -50,19 +57,22 @@ def case_heading(case: Case) -> str:
 def case_table(rows: Sequence[Row]) -> Table:
     """Return the contestants of one case: times, rates, share of the ceiling, ratios to peers.
 
-    A row without figures has its reason in the columns of the figures.
+    On a GPU with what a call costs the host. A row without figures has its reason in the columns
+    of the figures.
     """
     peers = [row.contestant for row in rows if row.kind == "peer" and row.status == Status.OK]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("contestant", min_width=12, no_wrap=True)
-    for title, width in _FIGURES:
+    on_host = any(row.host_us is not None for row in rows)
+    figures = (*_FIGURES, ("host us", 7)) if on_host else _FIGURES
+    for title, width in figures:
         table.add_column(title, justify="right", no_wrap=True, min_width=width)
     table.add_column("faster than", min_width=11, overflow="fold")
     for row in rows:
         if row.status != Status.OK:
             style = _STYLES.get(row.status, "dim")
             reason = escape(f"{row.status}: {row.note}")
-            table.add_row(row.contestant, *[""] * len(_FIGURES), f"[{style}]{reason}[/]")
+            table.add_row(row.contestant, *[""] * len(figures), f"[{style}]{reason}[/]")
             continue
         ratios = (f"{peer} {row.ratios[peer]:.2f}" for peer in peers if peer in row.ratios)
         share = "" if row.fraction is None else f"{row.fraction:.0%} {row.bound}"
@@ -73,6 +83,7 @@ def case_table(rows: Sequence[Row]) -> Table:
             quantity(row.tflops),
             quantity(row.tbs),
             share,
+            *([quantity(row.host_us)] if on_host else []),
             ", ".join(ratios) if row.kind == "backend" else "",
         )
     return table

@@ -17,6 +17,9 @@ L2_FLUSH_BYTES = 256 * 2**20
 
 MOST_ROUNDS = 200
 FEWEST_ROUNDS = 3
+HOST_SECONDS = 0.02
+MOST_HOST_CALLS = 100
+FEWEST_HOST_CALLS = 3
 PATIENCE = 5
 """A call that takes this many times the budget is timed once."""
 
@@ -77,6 +80,30 @@ class Clock:
         stop.record()
         stop.synchronize()
         return float(start.elapsed_time(stop)) / 1e3
+
+    def host_seconds(self, call: Callable[[], Any], taken: float) -> float | None:
+        """Return what a call costs the host: the median of runs of calls that nobody waits for.
+
+        None on a CPU, where the call is the work.
+
+        Parameters
+        ----------
+        call : callable
+        taken : float
+            Seconds of one call on the GPU: the fewer fit the time, the fewer are made.
+        """
+        if self._flush is None:
+            return None
+        calls = min(MOST_HOST_CALLS, max(FEWEST_HOST_CALLS, int(HOST_SECONDS / taken)))
+        times = []
+        for _ in range(3):
+            torch.cuda.synchronize(self._device)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times.append((time.perf_counter() - begin) / calls)
+        torch.cuda.synchronize(self._device)
+        return statistics.median(times)
 
 
 def _event() -> Any:

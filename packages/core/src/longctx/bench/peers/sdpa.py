@@ -49,6 +49,8 @@ class Sdpa:
             return "SDPA takes no page table"
         if case.kv_dtype and case.kv_dtype != case.dtype:
             return f"SDPA takes no {case.kv_dtype} cache"
+        if case.dtype == "fp8_e4m3":
+            return "SDPA takes no fp8"
         if case.dtype == "fp32" and self.name in _KERNELS:
             return "the kernel takes bf16 and fp16"
         return None

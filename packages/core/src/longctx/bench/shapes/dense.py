@@ -33,6 +33,8 @@ def _flash_cases() -> Iterator[Case]:
         for shape in (_MHA_128, _MHA_64, _GQA):
             yield Case(op, "prefill", axes(batch=1, seq=seq, **shape))
     yield Case(op, "prefill", axes(batch=1, seq=64 * K, **_MHA_128), window=4096)
+    fp8 = axes(batch=1, seq=16 * K, **_MHA_128)
+    yield Case(op, "prefill", fp8, dtype="fp8_e4m3", causal=False)
     for seq in (4 * K, 16 * K):
         for shape, batch in ((_MHA_128, 16 * K // seq), (_MHA_64, 16 * K // seq), (_GQA, 1)):
             sizes = axes(batch=batch, seq=seq, **shape)

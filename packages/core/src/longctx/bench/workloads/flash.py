@@ -18,6 +18,7 @@ from longctx.bench.workloads.workload import (
     LOW,
     Inputs,
     Workload,
+    attention_output,
     dtype_of,
     generator_on,
     normal,
@@ -65,7 +66,7 @@ def _whole(case: Case, inputs: Inputs) -> list[Expectation]:
     def forward(cast: Inputs) -> tuple[Tensor, Tensor]:
         return reference.flash_attention(cast["q"], cast["k"], cast["v"], **_options(case))
 
-    return whole_result(case, inputs, ("out",), forward)
+    return whole_result(case, inputs, ("out",), forward, dtype=attention_output(dtype_of(case)))
 
 
 def _gradients(case: Case, cast: Inputs) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from longctx.support import DTYPES
 __all__ = [
     "Inputs",
     "Workload",
+    "attention_output",
     "dtype_of",
     "generator_on",
     "normal",
@@ -67,6 +68,11 @@ def dtype_of(case: Case) -> torch.dtype:
     return DTYPES[case.dtype]
 
 
+def attention_output(dtype: torch.dtype) -> torch.dtype:
+    """Return the data type of attention's result on inputs of one: bf16 for fp8."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
 def generator_on(device: torch.device, seed: int = 1234) -> torch.Generator:
     """Return a generator with a fixed seed."""
     return torch.Generator(device=device).manual_seed(seed)
@@ -96,6 +102,8 @@ def whole_result(
     inputs: Inputs,
     names: Sequence[str],
     reference: Callable[[Inputs], Sequence[Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> list[Expectation]:
     """Return one expectation a result of the oracle, run in fp64 and in fp32.
 
@@ -105,7 +113,10 @@ def whole_result(
         Names of the reference's results, in order.
     reference : callable
         Takes inputs whose floating tensors were cast.
+    dtype : torch.dtype, optional
+        Of the results; default that of the case, and fp32 where that is fp8.
     """
+    dtype = dtype_of(case) if dtype is None else dtype
     exact = reference(_cast(inputs, EXACT))
     low = reference(_cast(inputs, LOW))
     return [
@@ -113,8 +124,8 @@ def whole_result(
             name,
             operator.itemgetter(name),
             true,
-            rounded.to(dtype_of(case)) if dtype_of(case).itemsize > 1 else rounded,
-            rounding_of(dtype_of(case), backward=case.backward),
+            rounded.to(dtype) if dtype.itemsize > 1 else rounded,
+            rounding_of(dtype, backward=case.backward),
         )
         for name, true, rounded in zip(names, exact, low, strict=False)
     ]
@@ -155,19 +166,19 @@ def sampled_attention(
     group = heads // case["kv_heads"]
     scale = head_dim**-0.5 if scale is None else scale
     rows = torch.tensor(sampled(q_len, 8), device=q.device)
+    dtype = attention_output(q.dtype)
     found = []
     for b in sampled(batch, 2):
         for h in sampled(heads, 3, seed=b):
             k, v = keys(b, h // group)
             mask = keep(b, h, rows)
             exact, low = (
-                attention_rows(q[b, rows, h], k, v, mask, scale, dtype) for dtype in (EXACT, LOW)
+                attention_rows(q[b, rows, h], k, v, mask, scale, wide) for wide in (EXACT, LOW)
             )
 
             def pick(outputs: Outputs, b: int = b, h: int = h) -> Tensor:
                 return outputs["out"][b, rows, h]
 
             what = f"out of batch {b}, head {h}"
-            rounding = rounding_of(q.dtype)
-            found.append(Expectation(what, pick, exact, low.to(q.dtype), rounding))
+            found.append(Expectation(what, pick, exact, low.to(dtype), rounding_of(dtype)))
     return found
