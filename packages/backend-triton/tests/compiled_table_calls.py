@@ -165,10 +165,10 @@ def quantize_case(scale_format: str) -> None:
     dsa.quantize_forward(fake(2, LENGTH, 64, 128), scale_format=scale_format)
 
 
-def block_sparse_case(dim: int, *, block: int = 128) -> None:
+def block_sparse_case(dim: int, *, block: int = 128, sets: int = 32) -> None:
     """Attend over blocks."""
     blocks = -(-LENGTH // block)
-    counts, indices = ints(2, 32, blocks), ints(2, 32, blocks, 16)
+    counts, indices = ints(2, sets, blocks), ints(2, sets, blocks, 16)
     block_sparse.block_sparse_forward(
         *heads_of(dim), counts, indices, block_q=block, block_k=block, causal=True, scale=0.1
     )
@@ -189,9 +189,9 @@ def stripe_sparse_case(dim: int) -> None:
     )
 
 
-def star_context_case(dim: int) -> None:
+def star_context_case(dim: int, *, block: int = 1024) -> None:
     """Phase 1."""
-    star.star_context_forward(*heads_of(dim), block_size=1024, anchor_size=1024, scale=0.1)
+    star.star_context_forward(*heads_of(dim), block_size=block, anchor_size=block, scale=0.1)
 
 
 def star_query_case(dim: int, *, tokens: int) -> None:
@@ -282,10 +282,12 @@ for _d in (64, 128):
         f"lightning decode {_d}": partial(lightning_decode_case, _d),
         f"block sparse {_d}": partial(block_sparse_case, _d),
         f"block sparse {_d} of 64": partial(block_sparse_case, _d, block=64),
+        f"block sparse {_d} of 64 by pair": partial(block_sparse_case, _d, block=64, sets=8),
         f"window sparse {_d}": partial(window_sparse_case, _d),
         f"window sparse {_d} by head": partial(window_sparse_case, _d, by_head=True),
         f"stripe sparse {_d}": partial(stripe_sparse_case, _d),
         f"star context {_d}": partial(star_context_case, _d),
+        f"star context {_d} of 1000": partial(star_context_case, _d, block=1000),
         f"star query {_d} chained": partial(star_query_case, _d, tokens=1000),
         f"star query {_d} parts": partial(star_query_case, _d, tokens=1),
         f"token scores {_d}": partial(token_scores_case, _d),

@@ -49,6 +49,13 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "flash 128 ping-pong on sm_90a": {"3.6": (88, 24), "3.9": (280, 72)},
         "flash 128 sinks on sm_90a": {"3.6": (80, 24), "3.9": (256, 72)},
     },
+    "key_walk_hopper_kernel": {
+        "block sparse 128 on sm_90a": {"3.6": (144, 40), "3.9": (256, 64)},
+        "flash 128 window on sm_90a": {"3.6": (88, 32), "3.9": (136, 32)},
+        "star context 128 on sm_90a": {"3.6": (72, 24), "3.9": (136, 32)},
+        "window sparse 128 by head on sm_90a": {"3.6": (80, 32), "3.9": (224, 56)},
+        "window sparse 128 on sm_90a": {"3.6": (88, 32), "3.9": (136, 32)},
+    },
     "latent_hopper_kernel": {
         "topk attention latent hopper on sm_90a": {"3.6": (32, 24), "3.9": (400, 128)},
         "topk attention latent hopper decode on sm_90a": {"3.6": (24, 16)},
@@ -71,9 +78,7 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "topk attention wide on sm_90a": {"3.6": (168, 64), "3.9": (272, 120)},
     },
     "range_attention_kernel": {
-        "star context 128 on sm_90a": {"3.6": (16, 16), "3.9": (136, 64)},
-        "window sparse 128 on sm_90a": {"3.6": (24, 16), "3.9": (112, 56)},
-        "window sparse 128 by head on sm_90a": {"3.6": (24, 16), "3.9": (112, 56)},
+        "star context 128 of 1000 on sm_90a": {"3.6": (16, 16), "3.9": (136, 64)},
     },
     "row_threshold_kernel": {
         "index topk large on sm_90a": {"3.9": (0, 16)},
@@ -110,9 +115,7 @@ SERIALIZED: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
     "flash_forward_kernel": {
         "flash 128 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-        "flash 128 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
         "flash 64 all on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
-        "flash 64 window on sm_90a": {"3.6": "C7515", "3.9": "C7515"},
     },
     "star_query_kernel": {
         "star query 128 chained on sm_90a": {"3.6": "C7515"},

@@ -81,8 +81,8 @@ TABLE = (
      "flash 128 sinks; flash 128 packed; flash 128 fp8"),
     ("flash_forward_kernel", HOPPER, "flash 64 packed; flash 128 packed",
      "flash 128 fp8 window"),
-    ("flash_forward_kernel", DOT, "flash 128 all",
-     "flash 64 window; flash 64 all; flash 128 window; flash 256"),
+    ("flash_forward_kernel", AMPERE, "", "flash 64 window; flash 128 window"),
+    ("flash_forward_kernel", DOT, "flash 128 all", "flash 64 all; flash 256"),
     ("flash_delta_kernel", PLAIN, "flash backward 128 causal",
      "flash backward 64 all; flash backward 256"),
     ("flash_dq_kernel", DOT, "flash backward 128 causal",
@@ -109,10 +109,16 @@ TABLE = (
      "lightning 64 packed; lightning 128 packed; lightning 64 whole; lightning 128 whole; "
      "lightning backward 64; lightning backward 128"),
     ("lightning_decode_kernel", PLAIN, "lightning decode 128", "lightning decode 64"),
-    ("block_attention_kernel", DOT, "block sparse 128",
-     "block sparse 64; block sparse 64 of 64; block sparse 128 of 64"),
-    ("range_attention_kernel", DOT, "window sparse 128; star context 128",
-     "window sparse 64; window sparse 64 by head; window sparse 128 by head; star context 64"),
+    ("block_attention_kernel", AMPERE, "block sparse 128", "block sparse 64"),
+    ("block_attention_kernel", DOT, "block sparse 128 of 64", "block sparse 64 of 64"),
+    ("range_attention_kernel", AMPERE, "window sparse 128",
+     "window sparse 64; window sparse 64 by head; window sparse 128 by head"),
+    ("range_attention_kernel", DOT, "star context 128 of 1000", "star context 64 of 1000"),
+    ("key_walk_hopper_kernel", GLUON, "window sparse 128; star context 128; block sparse 128",
+     "window sparse 64; window sparse 64 by head; window sparse 128 by head; star context 64; "
+     "block sparse 64; block sparse 64 of 64 by pair; block sparse 128 of 64 by pair; "
+     "flash 64 window; flash 128 window"),
+    ("walk_list_kernel", {"sm_90a": ()}, "block sparse 128", "block sparse 128 of 64 by pair"),
     ("scatter_stripes_kernel", PLAIN, "stripe sparse 128", ""),
     ("stripe_index_kernel", PLAIN, "stripe sparse 128", ""),
     ("stripe_attention_kernel", DOT, "stripe sparse 128", "stripe sparse 64"),
@@ -185,7 +191,7 @@ def test_listing(kernel, case, arch, kinds):
             max_stack_bytes=stack,
             allowed_warnings=[warning] if warning else [],
         )
-        if kernel == "flash_hopper_kernel":
+        if kinds == GLUON["sm_90a"]:
             assert OVERLAPPED in listing.ptx
             assert exponentials_under_products(listing.sass) >= 30, "the softmax waits for values"
         if kernel == "topk_rows_kernel":  # places are called contiguous, and are not

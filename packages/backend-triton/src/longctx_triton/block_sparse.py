@@ -54,7 +54,17 @@ def block_sparse_forward(
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    tiles = block_tiles(head_dim, value_dim, device_of(q.device).arch, min(block_q, q_len))
+    device = device_of(q.device)
+    if device.runs_gluon:
+        # Gluon is imported where it can run
+        from longctx_triton.launch.key_walk_hopper import block_list_forward
+
+        if block_list_forward(
+            device, q, k, v, out, lse, counts, indices,
+            block_q=block_q, block_k=block_k, causal=causal, scale=scale,
+        ):  # fmt: skip
+            return out, lse
+    tiles = block_tiles(head_dim, value_dim, device.arch, min(block_q, q_len))
     queries, keys = tiles.queries, tiles.keys
     # a key block that is no multiple of the tile's is walked in smaller tiles, or gathered
     while block_k % keys and keys > 64:
@@ -93,7 +103,16 @@ def window_sparse_forward(
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    tiles = window_tiles(head_dim, value_dim, device_of(q.device).arch, q_len)
+    device = device_of(q.device)
+    if device.runs_gluon:
+        from longctx_triton.launch.key_walk_hopper import key_range_forward
+
+        if key_range_forward(
+            device, q, k, v, out, lse, scale=scale, window=window, anchor=sink_tokens,
+            last_queries=last_queries, head_windows=head_windows,
+        ):  # fmt: skip
+            return out, lse
+    tiles = window_tiles(head_dim, value_dim, device.arch, q_len)
     scale_log2, q_factor = signed_scale(scale)
     row_tiles = -(-q_len // tiles.queries)
     range_attention_kernel[(batch * heads * row_tiles,)](

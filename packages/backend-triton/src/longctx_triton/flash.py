@@ -6,8 +6,6 @@ and with ``LONGCTX_TRITON_FLASH=portable`` in the environment, kernels of ``tl.d
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -72,7 +70,7 @@ def flash_forward(
     section = min(batch * q_heads, group * _fitting(device, k, v))
     whole = left is None and softcap == 0
     plain = whole and not fp8
-    if whole and device.arch == (9, 0) and cu_seqlens_q is None and not _portable_wanted():
+    if whole and cu_seqlens_q is None and device.runs_gluon:
         # Gluon is imported where it can run
         from longctx_triton.launch.flash_hopper import hopper_forward, hopper_takes
 
@@ -82,6 +80,12 @@ def flash_forward(
                 descales=(q_descale, k_descale, v_descale), scale=scale,
                 section=section, processors=device.processors,
             )  # fmt: skip
+            return out, lse
+    alone = softcap == 0 and not fp8 and cu_seqlens_q is None
+    if left is not None and right == 0 and alone and device.runs_gluon:
+        from longctx_triton.launch.key_walk_hopper import key_range_forward
+
+        if key_range_forward(device, q, k, v, out, lse, scale=scale, window=left, sinks=sinks):
             return out, lse
     block_d, block_v = padded(head_dim), padded(value_dim)
     tiles = forward_tiles(device, max(block_d, block_v), plain)
@@ -196,10 +200,6 @@ def _band(
         None if left is None or left >= k_len - 1 else left,
         None if right is None or right >= q_len - 1 else right,
     )
-
-
-def _portable_wanted() -> bool:
-    return os.environ.get("LONGCTX_TRITON_FLASH", "").strip().lower() == "portable"
 
 
 def _tile_count(length: int, ends: Tensor | None, block: int) -> int:

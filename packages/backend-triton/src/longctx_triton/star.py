@@ -35,7 +35,16 @@ def star_context_forward(
     if out.numel() == 0:
         return out, lse
     block_size = min(block_size, k_len)
-    tiles = star_tiles(head_dim, value_dim, device_of(q.device).arch, min(block_size, q_len))
+    device = device_of(q.device)
+    if device.runs_gluon:
+        # Gluon is imported where it can run
+        from longctx_triton.launch.key_walk_hopper import key_range_forward
+
+        if key_range_forward(
+            device, q, k, v, out, lse, scale=scale, anchor=anchor_size, block=block_size
+        ):
+            return out, lse
+    tiles = star_tiles(head_dim, value_dim, device.arch, min(block_size, q_len))
     scale_log2, q_factor = signed_scale(scale)
     origin = (k_len - q_len) // block_size * block_size
     tiles_a_block = -(-block_size // tiles.queries)

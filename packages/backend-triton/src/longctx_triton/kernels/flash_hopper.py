@@ -18,9 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx_triton.compat import async_load, async_store
-from longctx_triton.kernels.flash_hopper_softmax import ROW_THREADS, ROWS, block_softmax, faded
+from longctx_triton.kernels.flash_hopper_softmax import (
+    ROW_THREADS,
+    ROWS,
+    block_softmax,
+    faded,
+    hide,
+)
 
-__all__ = ["ROWS", "flash_hopper_kernel"]
+__all__ = ["ROWS", "advance", "copy_block", "flash_hopper_kernel"]
 
 _ROWS = gl.constexpr(ROWS)
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -70,7 +76,7 @@ def _locate(
 
 
 @gluon.jit
-def _copy(source, i_b, first, i_g, memory, full, empty, step, STAGES: gl.constexpr):
+def copy_block(source, i_b, first, i_g, memory, full, empty, step, STAGES: gl.constexpr):
     """Start to copy block number ``step`` of keys or values once its stage is free."""
     slot = step % STAGES
     mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
@@ -98,7 +104,7 @@ def _feed(
         i_h = unit % q_heads
         i_g = i_h // group
         # the first keys need not wait until the last tile's queries are done with
-        _copy(p_k, i_b, (blocks - 1) * BLOCK_K, i_g, k_s, k_full, k_empty, step, STAGES)
+        copy_block(p_k, i_b, (blocks - 1) * BLOCK_K, i_g, k_s, k_full, k_empty, step, STAGES)
         for g in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(g), p_q.block_type.nbytes)
@@ -106,23 +112,24 @@ def _feed(
         # a block's values are needed one step after its keys
         for i in range(1, blocks):
             first = (blocks - 1 - i) * BLOCK_K
-            _copy(p_k, i_b, first, i_g, k_s, k_full, k_empty, step + i, STAGES)
-            _copy(p_v, i_b, first + BLOCK_K, i_g, v_s, v_full, v_empty, step + i - 1, STAGES)
+            copy_block(p_k, i_b, first, i_g, k_s, k_full, k_empty, step + i, STAGES)
+            copy_block(p_v, i_b, first + BLOCK_K, i_g, v_s, v_full, v_empty, step + i - 1, STAGES)
         step += blocks
-        _copy(p_v, i_b, 0, i_g, v_s, v_full, v_empty, step - 1, STAGES)
+        copy_block(p_v, i_b, 0, i_g, v_s, v_full, v_empty, step - 1, STAGES)
 
 
 @gluon.jit
-def _advance(
+def advance(
     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other,
-    step, beat, first, limits, scale2,
+    step, beat, first, limits, lows, scale2,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
     LAZY: gl.constexpr, POLY: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
 
-    On entry those values have landed, and ``b_o`` has still to fade by ``b_fade``.
+    On entry those values have landed, and ``b_o`` has still to fade by ``b_fade``. ``limits`` and
+    ``lows`` (or None) are the last and first keys that the rows see, ``first`` the block's first.
     """
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     slot = step % STAGES
@@ -142,6 +149,8 @@ def _advance(
         mbarrier.arrive(other, count=1)
     b_s = warpgroup_mma_wait(1, deps=(s_token,))
     mbarrier.arrive(k_empty.index(slot), count=1)
+    if MASKED and lows is not None:
+        b_s = hide(b_s, lows - first, False)
     b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED, POLY)
     # The assembler moves a bare wait for the product above the exponentials, and nothing
     # overlaps; it does not move one across the branch of this wait.
@@ -221,17 +230,18 @@ def _consume(
         masked_end = gl.maximum(blocks - whole, 1)
         if CAUSAL:
             for i in range(1, masked_end):
-                b_p, b_o, b_m, b_l, b_fade = _advance(
+                b_p, b_o, b_m, b_l, b_fade = advance(
                     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                    mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, scale2,
+                    mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, None,
+                    scale2,
                     G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
                     LAZY, POLY, s_layout, o_layout,
                 )  # fmt: skip
                 beat += 1
         for i in range(masked_end, blocks):
-            b_p, b_o, b_m, b_l, b_fade = _advance(
+            b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                mine, other, step + i, beat, 0, limits, scale2,
+                mine, other, step + i, beat, 0, limits, None, scale2,
                 G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, False, PING_PONG,
                 LAZY, POLY, s_layout, o_layout,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["ROWS", "ROW_THREADS", "block_softmax", "faded"]
+__all__ = ["ROWS", "ROW_THREADS", "block_softmax", "faded", "hide"]
 
 ROWS = 64
 """Query rows of one warpgroup, which is what its matrix instruction multiplies."""
@@ -32,7 +32,7 @@ def block_softmax(
     ``limits`` are the last keys that the rows see.
     """
     if MASKED:
-        b_s = _hide(b_s, limits - first)
+        b_s = hide(b_s, limits - first, True)
     b_top = gl.maximum(b_m, gl.max(b_s, 1) * scale2)
     b_shift = b_top
     if MASKED:
@@ -127,8 +127,8 @@ def faded(b_o, b_fade, LAZY: gl.constexpr):
 
 
 @gluon.jit
-def _hide(b_s, last):
-    """Set the scores of columns after ``last [rows]`` to -inf.
+def hide(b_s, bounds, AFTER: gl.constexpr):
+    """Set the scores of columns after, or else before, ``bounds [rows]`` to -inf.
 
     The columns that a thread holds are compared as constants, less the part that depends on the
     thread: as sums they would take a register each.
@@ -139,12 +139,14 @@ def _hide(b_s, last):
     layout: gl.constexpr = b_x.type.layout
     pairs: gl.constexpr = gl.SliceLayout(3, layout)
     eights: gl.constexpr = gl.SliceLayout(2, pairs)
-    last = gl.convert_layout(last, gl.SliceLayout(1, eights), assert_trivial=True)
+    bounds = gl.convert_layout(bounds, gl.SliceLayout(1, eights), assert_trivial=True)
     o_t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, pairs)))
-    last = last[:, None, None, None] - 2 * o_t[None, None, :, None]
+    bounds = bounds[:, None, None, None] - 2 * o_t[None, None, :, None]
     o_a = gl.arange(0, columns // 8, gl.SliceLayout(0, eights))[None, :, None, None]
     o_e = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
-    b_x = gl.where(8 * o_a + o_e[None, None, None, :] <= last, b_x, float("-inf"))
+    o_k = 8 * o_a + o_e[None, None, None, :]
+    keep = o_k <= bounds if AFTER else o_k >= bounds
+    b_x = gl.where(keep, b_x, float("-inf"))
     return gl.convert_layout(b_x.reshape([rows, columns]), b_s.type.layout, assert_trivial=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
@@ -43,6 +44,16 @@ class Device(NamedTuple):
     def large_shared(self) -> bool:
         """Whether a block may take 160 KiB of shared memory or more, not about 100."""
         return self.arch not in SMALL_SHARED
+
+    @property
+    def runs_gluon(self) -> bool:
+        """Whether Hopper's own kernels of exact attention run.
+
+        ``LONGCTX_TRITON_FLASH=portable`` in the environment turns to those of ``tl.dot``.
+        """
+        if self.arch != (9, 0):
+            return False
+        return os.environ.get("LONGCTX_TRITON_FLASH", "").strip().lower() != "portable"
 
 
 def device_of(device: torch.device) -> Device:

@@ -15,7 +15,7 @@ from longctx_triton.launch.prepared import Block, Prepared
 from longctx_triton.launch.tuning import tuned
 from longctx_triton.launch.widen import widened
 
-__all__ = ["HopperTiles", "hopper_forward", "hopper_takes", "hopper_tiles"]
+__all__ = ["HopperTiles", "copied", "copyable", "hopper_forward", "hopper_takes", "hopper_tiles"]
 
 _FP8 = torch.float8_e4m3fn
 _DTYPES = (torch.bfloat16, torch.float16, _FP8)
@@ -72,7 +72,7 @@ def hopper_takes(q: Tensor, k: Tensor, v: Tensor, right: int | None, scale: floa
         and (right is None or (right == 0 and k.shape[1] >= q.shape[1]))
         and k.shape[1] > 0
         and scale > 0
-        and all(_copyable(t) for t in (q, k, v))
+        and all(copyable(t) for t in (q, k, v))
     )
 
 
@@ -155,15 +155,16 @@ def _plan(
             "REGISTERS": tiles.registers, "num_warps": 4,
         },
         (
-            _block(q_shape, q_strides, ROWS, narrow),
-            _block(k_shape, k_strides, tiles.block_k, narrow),
-            _block(k_shape, v_strides, tiles.block_k, 2),
-            _block(q_shape, out_strides, ROWS, 2),
+            copied(q_shape, q_strides, ROWS, narrow),
+            copied(k_shape, k_strides, tiles.block_k, narrow),
+            copied(k_shape, v_strides, tiles.block_k, 2),
+            copied(q_shape, out_strides, ROWS, 2),
         ),
     )  # fmt: skip
 
 
-def _copyable(t: Tensor) -> bool:
+def copyable(t: Tensor) -> bool:
+    """Return whether the copy engine can move ``[B, S, H, D]``: multiples of 16 bytes."""
     return t.data_ptr() % 16 == 0 and _even(t.shape, t.stride(), 16 // t.element_size())
 
 
@@ -175,7 +176,7 @@ def _even(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
     )
 
 
-def _block(shape: tuple[int, ...], strides: tuple[int, ...], rows: int, itemsize: int) -> Block:
+def copied(shape: tuple[int, ...], strides: tuple[int, ...], rows: int, itemsize: int) -> Block:
     """Describe blocks ``[1, rows, 1, head_dim]`` of ``[B, S, H, D]`` to the copy engine."""
     head_dim = shape[3]
     # the stride of an axis with one entry is never used and may be odd

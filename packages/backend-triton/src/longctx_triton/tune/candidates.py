@@ -99,6 +99,11 @@ MOVES: Mapping[str, tuple[Move, ...]] = {
         {"consumers": 3, "block_k": 64, "stages": 4, "registers": 160},
         {"block_k": "/2", "stages": 4},
     ),
+    "key_walk": (
+        {"stages": "+1"},
+        {"lazy": False},
+        {"block_k": "/2", "stages": "*2"},
+    ),
 }
 """Changes of the code's own tiles, by the name of the choice: a handful each."""
 

@@ -255,6 +255,10 @@ def _bind(call: Callable[..., Call], *args: Any, **kwargs: Any) -> Callable[[tor
     return lambda device: call(device, *args, **kwargs)
 
 
+def _portably(call: Callable[[torch.device], Call]) -> Callable[[torch.device], Call]:
+    return lambda device: portable(call(device))
+
+
 def _all_trials() -> list[Trial]:
     found = [trial for dim in (128, 64) for trial in _flash_trials(dim)]
     found += [_decode_trial(dim, fp8=fp8) for dim in (128, 64) for fp8 in (False, True)]
@@ -271,11 +275,12 @@ def _all_trials() -> list[Trial]:
     many = (_bind(scan, 128, 8, 32, 4 * K), _bind(scan, 128, 8, 32, 1000, backward=True))
     found.append(_alone("lightning", "D128 B8 H32 4K", *many))
     for dim in (128, 64):
-        by_head = _bind(slide, dim, 1000, by_head=True)
+        blocks, context = _bind(walk_blocks, dim, 32 * K), _bind(read_context, dim, 32 * K)
+        window, by_head = _bind(slide, dim, 32 * K), _bind(slide, dim, 1000, by_head=True)
         found += [
-            _alone("block_list", f"D{dim} 32K density .25", _bind(walk_blocks, dim, 32 * K)),
-            _alone("key_range", f"D{dim} window of 32K", _bind(slide, dim, 32 * K), by_head),
-            _alone("key_range_star", f"D{dim} 32K", _bind(read_context, dim, 32 * K)),
+            _alone("block_list", f"D{dim} 32K density .25", _portably(blocks)),
+            _alone("key_range", f"D{dim} window of 32K", _portably(window), _portably(by_head)),
+            _alone("key_range_star", f"D{dim} 32K", _portably(context)),
             _alone(
                 "token_attention", f"D{dim} a quarter of 32K", _bind(gather_tokens, dim, 32 * K)
             ),
@@ -297,6 +302,9 @@ def _all_trials() -> list[Trial]:
         sinks = _bind(attend, dim, 1000, sinks=True)
         causal = _bind(attend, dim, 16 * K)
         found.append(_alone("flash_hopper", f"D{dim} causal 16K", causal, full, sinks))
+        window, by_head = _bind(slide, dim, 32 * K), _bind(slide, dim, 1000, by_head=True)
+        others = (by_head, _bind(walk_blocks, dim, 1024), _bind(read_context, dim, 2048))
+        found.append(_alone("key_walk", f"D{dim} window of 32K", window, *others))
     return found
 
 

@@ -1,0 +1,284 @@
+"""Attention along a walk of key blocks on Hopper: warp-specialised, persistent, in Gluon.
+
+The design and the inner step are those of `flash_hopper`: one warp copies, two warpgroups of 64
+query rows multiply. Which key blocks a tile of queries meets, and which of them need a mask, comes
+from `key_walk`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from longctx_triton.compat import async_load, async_store
+from longctx_triton.kernels.flash_hopper import advance, copy_block
+from longctx_triton.kernels.flash_hopper_softmax import (
+    ROW_THREADS,
+    ROWS,
+    block_softmax,
+    faded,
+    hide,
+)
+from longctx_triton.kernels.key_walk import extent, list_of, locate, run_start, runs_of, share
+
+__all__ = ["key_walk_hopper_kernel"]
+
+_ROWS = gl.constexpr(ROWS)
+_LOG2E = gl.constexpr(1.4426950408889634)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _feed(
+    p_q, p_k, p_v, bars, sizes, place, plan,
+    HEADS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    LIST: gl.constexpr, BY_BLOCK: gl.constexpr, HEAD_WINDOWS: gl.constexpr,
+):  # fmt: skip
+    """Copy queries, then the keys and values of each step, tile after tile."""
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    lag, group = sizes
+    step = 0
+    for turn in range(share(place[0] * place[1])):
+        i_b, i_h, i_t = locate(turn, place, HEADS)
+        i_g = i_h // group
+        _, steps, first = extent(
+            i_b, i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
+        )
+        row = i_t * (2 * _ROWS // HEADS)
+        if LIST:
+            starts = plan[0] + list_of(i_b, i_h, i_t, plan) * plan[5]
+            coming = gl.load(starts + gl.minimum(1, steps - 1))
+        else:
+            bounds, runs = runs_of(
+                i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
+            )
+            row = bounds[0] - lag
+        # the first keys need not wait until the last tile's queries are done with
+        copy_block(p_k, i_b, first, i_g, k_s, k_full, k_empty, step, STAGES)
+        for g in gl.static_range(2):
+            mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(g), p_q.block_type.nbytes)
+            if HEADS == 2:
+                async_load(p_q, [i_b, row, i_h + g, 0], q_full.index(g), q_s.index(g))
+            else:
+                async_load(p_q, [i_b, row + g * _ROWS, i_h, 0], q_full.index(g), q_s.index(g))
+        # a step's values are needed one step after its keys
+        for i in range(1, steps):
+            if LIST:
+                here = coming
+                # a step ahead: the address is needed long after the stage is free
+                coming = gl.load(starts + gl.minimum(i + 1, steps - 1))
+            else:
+                here = run_start(i, runs, BLOCK_K)
+            copy_block(p_k, i_b, here, i_g, k_s, k_full, k_empty, step + i, STAGES)
+            copy_block(p_v, i_b, first, i_g, v_s, v_full, v_empty, step + i - 1, STAGES)
+            first = here
+        step += steps
+        copy_block(p_v, i_b, first, i_g, v_s, v_full, v_empty, step - 1, STAGES)
+
+
+@gluon.jit
+def _limits(
+    bounds, i, o_q, highest,
+    LIST: gl.constexpr, BY_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Return the first keys (of lists: anything) and the last ones that rows ``o_q`` see."""
+    if LIST:
+        # a limit of all rows, in a form that keeps the column numbers out of registers
+        b_high = gl.minimum(o_q + highest, highest)
+        if CAUSAL:
+            b_high = bounds[0] + o_q
+        b_low = b_high
+    else:
+        p0, low0, window, p_all, joined, anchor, a_end, own_masked = bounds
+        o_p = p0 + o_q
+        if BY_BLOCK:
+            b_low = gl.minimum(o_p, low0)
+        else:
+            b_low = gl.where(o_p >= p_all, 0, gl.maximum(o_p - window, 0))
+        b_low = gl.where(joined, 0, gl.maximum(b_low, anchor))
+        own = i < own_masked
+        b_low = gl.where(own, b_low, 0)
+        b_high = gl.minimum(o_p, gl.where(own, highest, a_end - 1))
+    return b_low, b_high
+
+
+@gluon.jit
+def _consume(
+    ours, bars, sizes, place, plan,
+    G: gl.constexpr, HEADS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, LIST: gl.constexpr, CAUSAL: gl.constexpr, BY_BLOCK: gl.constexpr,
+    HEAD_WINDOWS: gl.constexpr, HAS_SINKS: gl.constexpr, LAZY: gl.constexpr,
+):  # fmt: skip
+    """Attend for 64 rows of each of the program's tiles: its half, or its second head."""
+    p_o, lse, sinks, o_s, scale, q_len, highest = ours
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    scale2 = scale * _LOG2E
+    # the tile's rows are 128 of one head or 64 of two; the second consumer takes the latter half
+    half: gl.constexpr = 0 if HEADS == 2 else G * _ROWS
+    o_q = gl.arange(0, _ROWS, rows) + half
+    q = q_s.index(G).reshape([_ROWS, HEAD_DIM])
+    o_stage = o_s.index(G)
+    step = 0  # steps so far, over all tiles: it numbers the stages
+    for turn in range(share(place[0] * place[1])):
+        i_b, i_h, i_t = locate(turn, place, HEADS)
+        masked, steps, first = extent(
+            i_b, i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
+        )
+        if LIST:
+            row = i_t * (2 * _ROWS // HEADS)
+            bounds = (row + sizes[0],)
+            starts = plan[0] + list_of(i_b, i_h, i_t, plan) * plan[5]
+        else:
+            bounds, runs = runs_of(
+                i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
+            )
+            row = bounds[0] - sizes[0]
+        b_m = gl.full([_ROWS], float("-inf"), gl.float32, rows)
+        b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
+        b_o = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
+        b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
+
+        mbarrier.wait(q_full.index(G), turn & 1)
+        slot = step % STAGES
+        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+        k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
+        b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_low, b_high = _limits(bounds, 0, o_q, highest, LIST, BY_BLOCK, CAUSAL)
+        b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        if not LIST:
+            b_s = hide(b_s, b_low - first, False)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, b_high, True, 0)
+        mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
+        for i in range(1, masked):
+            first = gl.load(starts + i) if LIST else run_start(i, runs, BLOCK_K)
+            b_low, b_high = _limits(bounds, i, o_q, highest, LIST, BY_BLOCK, CAUSAL)
+            b_p, b_o, b_m, b_l, b_fade = advance(
+                b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
+                None, None, step + i, 0, first, b_high, None if LIST else b_low, scale2,
+                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, True, False, LAZY, 0, s_layout, o_layout,
+            )  # fmt: skip
+        for i in range(masked, steps):
+            b_p, b_o, b_m, b_l, b_fade = advance(
+                b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
+                None, None, step + i, 0, 0, b_high, None, scale2,
+                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, False, LAZY, 0, s_layout, o_layout,
+            )  # fmt: skip
+        mbarrier.arrive(q_empty.index(G), count=1)
+        step += steps
+        slot_v = (step - 1) % STAGES
+        b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
+        b_o = faded(b_o, b_fade, LAZY)
+        v = v_s.index(slot_v).reshape([BLOCK_K, HEAD_DIM])
+        b_o = warpgroup_mma(b_p, v, b_o, is_async=True)
+
+        i_own = i_h + (G if HEADS == 2 else 0)
+        b_l = gl.convert_layout(gl.sum(b_l, 1), rows, assert_trivial=True)
+        if HAS_SINKS:
+            sink = gl.load(sinks + i_own) * _LOG2E
+            b_top = gl.maximum(b_m, sink)
+            b_fade = gl.exp2(b_m - b_top)
+            b_l = b_l * b_fade + gl.exp2(sink - b_top)
+            b_m = b_top
+            b_scale = b_fade / b_l
+        else:
+            b_scale = gl.where(b_l == 0.0, 0.0, 1.0 / b_l)
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        mbarrier.arrive(v_empty.index(slot_v), count=1)
+        b_o = b_o * gl.convert_layout(b_scale, o_rows)[:, None]
+        tma.store_wait(0)  # of the tile before this one, which left from the same place
+        o_stage.reshape([_ROWS, HEAD_DIM]).store(b_o.to(o_s.dtype))
+        fence_async_shared()
+        async_store(p_o, [i_b, row + half, i_own, 0], o_stage)
+        head = (i_b * place[3] * HEADS + i_own).to(gl.int64) * q_len
+        b_row = row + o_q
+        b_lse = (b_m + gl.log2(b_l)) * _LN2
+        gl.store(lse + head + b_row, b_lse, mask=(b_row >= 0) & (b_row < q_len))
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "tiles", "units", "section", "heads", "group", "q_len", "k_len", "origin", "first_tile",
+        "block", "tiles_a_block", "anchor", "window", "last_queries", "heads_a_set", "sets",
+        "capacity",
+    ]
+)  # fmt: skip
+def key_walk_hopper_kernel(
+    p_q, p_k, p_v, p_o, lse, sinks, head_windows, starts, counts, scale,
+    tiles, units, section, heads, group, q_len, k_len,
+    origin, first_tile, block, tiles_a_block, anchor, window, last_queries,
+    heads_a_set, sets, capacity,
+    HEADS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    LIST: gl.constexpr, CAUSAL: gl.constexpr, BY_BLOCK: gl.constexpr,
+    HEAD_WINDOWS: gl.constexpr, HAS_SINKS: gl.constexpr, LAZY: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Write ``out`` through ``p_o`` and ``lse``; see `longctx_triton.kernels.key_walk`.
+
+    Descriptors of blocks ``[1, 64, 1, HEAD_DIM]`` (queries, out) and ``[1, BLOCK_K, 1, HEAD_DIM]``
+    (keys, values). Grid: any number of programs up to ``tiles * units``; a tile is 128 rows of one
+    head, or with HEADS 2 the same 64 rows of two. LIST takes the walk from ``starts`` int32
+    ``[lists, capacity]`` and ``counts`` int32 ``[lists, 2]`` (masked steps, steps), else from the
+    scalars. Bars of a stage: full when its copy has landed, empty when both consumers have read
+    it.
+    """
+    dtype: gl.constexpr = p_q.dtype
+    q_s = gl.allocate_shared_memory(dtype, [2, 1, _ROWS, 1, HEAD_DIM], p_q.layout)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_K, 1, HEAD_DIM], p_k.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_K, 1, HEAD_DIM], p_v.layout)
+    o_s = gl.allocate_shared_memory(dtype, [2, 1, _ROWS, 1, HEAD_DIM], p_o.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+
+    bars = (q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    sizes = (k_len - q_len, group)
+    place = (tiles, units, section, heads // HEADS)
+    lists = (starts, counts, heads_a_set, sets, tiles, capacity)
+    ranges = (
+        k_len, origin, first_tile, block, tiles_a_block, anchor, window, last_queries,
+        head_windows,
+    )  # fmt: skip
+    plan = lists if LIST else ranges
+    ours = (p_o, lse, sinks, o_s, scale, q_len, k_len - 1)
+    gl.warp_specialize(
+        [
+            (_consume, (ours, bars, sizes, place, plan, 0, HEADS, BLOCK_K, HEAD_DIM, STAGES,
+                        LIST, CAUSAL, BY_BLOCK, HEAD_WINDOWS, HAS_SINKS, LAZY)),
+            (_consume, (ours, bars, sizes, place, plan, 1, HEADS, BLOCK_K, HEAD_DIM, STAGES,
+                        LIST, CAUSAL, BY_BLOCK, HEAD_WINDOWS, HAS_SINKS, LAZY)),
+            (_feed, (p_q, p_k, p_v, bars, sizes, place, plan, HEADS, BLOCK_K, STAGES,
+                     LIST, BY_BLOCK, HEAD_WINDOWS)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip

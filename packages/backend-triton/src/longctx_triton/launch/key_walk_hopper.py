@@ -1,0 +1,237 @@
+"""When and how windows, blocks of positions and lists of key blocks run on Hopper."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longctx_triton.kernels.flash_hopper import ROWS
+from longctx_triton.kernels.key_walk_hopper import key_walk_hopper_kernel
+from longctx_triton.kernels.walk_list import walk_list_kernel
+from longctx_triton.launch.device import Device
+from longctx_triton.launch.flash_hopper import copied, copyable
+from longctx_triton.launch.prepared import Prepared, launch
+from longctx_triton.launch.tuning import tuned
+
+__all__ = ["WalkTiles", "block_list_forward", "key_range_forward", "walk_tiles"]
+
+_HALF = (torch.bfloat16, torch.float16)
+_TILE = 2 * ROWS
+
+
+class WalkTiles(NamedTuple):
+    """Sizes of the kernel's tiles.
+
+    Attributes
+    ----------
+    block_k : int
+        Keys of one step, a power of two.
+    stages : int
+        Steps of keys and of values in flight.
+    registers : int
+        Registers of a thread of the second consumer.
+    lazy : bool
+        Whether a warp whose maxima have not risen leaves its output as it is.
+    """
+
+    block_k: int
+    stages: int
+    registers: int
+    lazy: bool
+
+
+@tuned("key_walk")
+def walk_tiles(head_dim: int, most_keys: int) -> WalkTiles:
+    """Return the tiles for a head size of 64 or 128 and steps of up to 64 or 128 keys."""
+    if most_keys < 128:
+        return WalkTiles(64, 4, 240, True)
+    return WalkTiles(128, 2 if head_dim == 128 else 3, 240, True)
+
+
+def key_range_forward(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    anchor: int = 0,
+    last_queries: int = 0,
+    head_windows: Tensor | None = None,
+    block: int | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    """Write ``out`` and ``lse`` of first keys and one run of keys that ends with the query.
+
+    Parameters
+    ----------
+    device : Device
+    q, k, v : Tensor, (batch, seq, heads, head_dim)
+    out, lse : Tensor
+        Contiguous, ``(batch, q_len, q_heads, head_dim)`` and ``(batch, q_heads, q_len)`` fp32.
+    scale : float
+    window : int
+        Earlier keys of the run.
+    anchor : int
+        First keys that every query sees.
+    last_queries : int
+        Last query rows that see everything.
+    head_windows : Tensor, (q_heads,), int32, optional
+        Overrides ``window``.
+    block : int, optional
+        The run begins where the query's block of so many positions does, whatever ``window``.
+    sinks : Tensor, (q_heads,), float32, optional
+
+    Returns
+    -------
+    bool
+        Whether it ran: not for other types and head sizes than the kernel has, nor with blocks
+        that tiles of 128 rows would straddle, or whose first tile would begin before the queries.
+    """
+    q_len, k_len = q.shape[1], k.shape[1]
+    straddled = block is not None and (
+        (block < k_len and block % _TILE) or (k_len - q_len) % _TILE
+    )
+    if straddled or not _takes(q, k, v, scale):
+        return False
+    origin, first_tile, tiles_a_block, tiles = k_len - q_len, 0, 1, -(-q_len // _TILE)
+    if block is None:
+        span, tiles_a_block = q_len, tiles
+    else:
+        span = min(block, k_len)
+        tiles_a_block = -(-span // _TILE)
+        origin = (k_len - q_len) // span * span
+        first_tile = (k_len - q_len - origin) // _TILE
+        tiles = -(-(k_len - origin) // _TILE) - first_tile
+    plan = _plan(
+        *_layout(q, k, v), scale, device, tiles, 1, walk_tiles(q.shape[3], 128),
+        (origin, first_tile, span, tiles_a_block, min(anchor, span if block else k_len),
+         min(window, k_len), min(last_queries, q_len), 1, 1, 1),
+        from_list=False, causal=True, by_block=block is not None,
+        head_windows=head_windows is not None, sinks=sinks is not None,
+    )  # fmt: skip
+    plan(key_walk_hopper_kernel, q, k, v, out, lse, sinks, head_windows, None, None)
+    return True
+
+
+def block_list_forward(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float,
+) -> bool:
+    """Write ``out`` and ``lse`` of listed key blocks; arguments as the primitive's.
+
+    Returns
+    -------
+    bool
+        Whether it ran: for the types and head sizes of the kernel, key blocks of multiples of 64,
+        and query blocks of multiples of 128 or, where heads share lists in pairs, of 64.
+    """
+    batch, q_len, q_heads, head_dim = q.shape
+    k_len, sets, capacity = k.shape[1], counts.shape[1], indices.shape[3]
+    pair = block_q % _TILE != 0 and block_q < q_len
+    if (
+        block_k % 64
+        or capacity == 0
+        or not _takes(q, k, v, scale)
+        or (pair and (block_q % ROWS or q_heads // k.shape[2] % 2 or q_heads // sets % 2))
+    ):
+        return False
+    sizes = walk_tiles(head_dim, 128 if block_k % 128 == 0 else 64)
+    heads, rows = (2, ROWS) if pair else (1, _TILE)
+    tiles, each = -(-q_len // rows), block_k // sizes.block_k
+    room = max(1, min(capacity * each, -(-k_len // sizes.block_k)))
+    starts = torch.empty((batch * sets * tiles, room), dtype=torch.int32, device=q.device)
+    walks = torch.empty((batch * sets * tiles, 2), dtype=torch.int32, device=q.device)
+    launch(
+        walk_list_kernel, (batch * sets * tiles,),
+        counts, indices, starts, walks, *counts.stride(), *indices.stride(),
+        sets, tiles, q_len, k_len, capacity, room, block_q, rows, each,
+        BLOCK_K=sizes.block_k, ENTRIES=256, BINS=1024, CAUSAL=causal, num_warps=4,
+    )  # fmt: skip
+    plan = _plan(
+        *_layout(q, k, v), scale, device, tiles, heads, sizes,
+        (0, 0, 1, 1, 0, 0, 0, q_heads // sets, sets, room),
+        from_list=True, causal=causal, by_block=False, head_windows=False, sinks=False,
+    )  # fmt: skip
+    plan(key_walk_hopper_kernel, q, k, v, out, lse, None, None, starts, walks)
+    return True
+
+
+def _takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Return whether the kernel can run, whatever the plan.
+
+    The copy engine wants addresses and strides in multiples of 16 bytes.
+    """
+    return (
+        q.dtype in _HALF
+        and q.shape[3] == v.shape[3]
+        and q.shape[3] in (64, 128)
+        and k.shape[1] > 0
+        and scale > 0
+        and all(copyable(t) for t in (q, k, v))
+    )
+
+
+def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...], ...]:
+    return q.shape, q.stride(), k.shape, k.stride(), v.stride()
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    scale: float,
+    device: Device,
+    tiles: int,
+    heads: int,
+    sizes: WalkTiles,
+    numbers: tuple[int, ...],
+    *,
+    from_list: bool,
+    causal: bool,
+    by_block: bool,
+    head_windows: bool,
+    sinks: bool,
+) -> Prepared:
+    batch, q_len, q_heads, head_dim = q_shape
+    units, group = batch * q_heads // heads, q_heads // k_shape[2]
+    # query heads whose keys and values fit most of the L2 cache go together
+    fitting = device.l2 * 5 // 8 // (2 * k_shape[1] * head_dim * 2)
+    section = min(batch * q_heads, group * max(1, fitting)) // heads
+    out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
+    return Prepared(
+        (min(tiles * units, device.processors),),
+        (scale, tiles, units, max(1, section), q_heads, group, q_len, k_shape[1], *numbers),
+        {
+            "HEADS": heads, "BLOCK_K": sizes.block_k, "HEAD_DIM": head_dim,
+            "STAGES": sizes.stages, "LIST": from_list, "CAUSAL": causal, "BY_BLOCK": by_block,
+            "HEAD_WINDOWS": head_windows, "HAS_SINKS": sinks, "LAZY": sizes.lazy,
+            "REGISTERS": sizes.registers, "num_warps": 4,
+        },
+        (
+            copied(q_shape, q_strides, ROWS, 2),
+            copied(k_shape, k_strides, sizes.block_k, 2),
+            copied(k_shape, v_strides, sizes.block_k, 2),
+            copied(q_shape, out_strides, ROWS, 2),
+        ),
+    )  # fmt: skip
