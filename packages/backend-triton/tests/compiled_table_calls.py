@@ -65,6 +65,13 @@ def flash_case(
     flash.flash_forward(q, k, v, **options, **descales)
 
 
+def deterministic_case(dim: int, **options: Any) -> None:
+    """Sum the gradients without atomics."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        flash_case(dim, **options, backward=True)
+
+
 def ping_pong_case(dim: int) -> None:
     """Attend with the consumers of the Hopper kernel taking turns."""
     with pytest.MonkeyPatch.context() as patch:
@@ -264,10 +271,12 @@ for _d in (64, 128):
         f"flash {_d} window": partial(flash_case, _d, left=1024),
         f"flash {_d} all": partial(flash_case, _d, **EVERYTHING),
         f"flash {_d} fp8": partial(flash_case, _d, fp8=True),
-        f"flash backward {_d} causal": partial(flash_case, _d, backward=True),
-        f"flash backward {_d} full": partial(flash_case, _d, causal=False, backward=True),
+        f"flash backward {_d} causal": partial(deterministic_case, _d),
+        f"flash backward {_d} full": partial(deterministic_case, _d, causal=False),
         f"flash backward {_d} packed": partial(flash_case, _d, packed=True, backward=True),
         f"flash backward {_d} all": partial(flash_case, _d, backward=True, **EVERYTHING),
+        f"flash backward hopper {_d} causal": partial(flash_case, _d, backward=True),
+        f"flash backward hopper {_d} full": partial(flash_case, _d, causal=False, backward=True),
         f"decode {_d} paged": partial(decode_case, _d),
         f"decode {_d} full batch": partial(decode_case, _d, batch=64),
         f"decode {_d} dense": partial(decode_case, _d, paged=False),

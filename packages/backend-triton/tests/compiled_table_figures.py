@@ -16,6 +16,11 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
     "decode_kernel": {
         "decode 128 tokens on sm_80": {"3.9": (80, 40)},
     },
+    # numbers of a block, most of them addresses
+    "flash_backward_hopper_kernel": {
+        "flash backward hopper 128 causal on sm_90a": {"3.6": (208, 64), "3.9": (48, 16)},
+        "flash backward hopper 128 full on sm_90a": {"3.6": (224, 56), "3.9": (56, 16)},
+    },
     "flash_dkdv_kernel": {
         "flash backward 128 all on sm_80": {"3.6": (16, 16), "3.9": (16, 16)},
         "flash backward 128 all on sm_90a": {"3.9": (56, 32)},

@@ -97,6 +97,11 @@ TABLE = (
      "flash backward 128 all"),
     ("flash_dkdv_kernel", AMPERE_UNSTAGED, "", "flash backward 256"),
     ("flash_dkdv_kernel", HOPPER_UNSTAGED, "", "flash backward 256"),
+    ("flash_backward_hopper_kernel", {"sm_90a": ("wgmma", "tma", "cp.async", "setmaxnreg")},
+     "flash backward hopper 64 causal; flash backward hopper 128 causal",
+     "flash backward hopper 64 full; flash backward hopper 128 full"),
+    ("flash_dq_sums_kernel", {"sm_90a": ()}, "flash backward hopper 128 causal",
+     "flash backward hopper 64 causal"),
     ("decode_kernel", NARROW, "decode 128 paged; decode 128 fp8",
      "decode 64 paged; decode 64 dense; decode 64 fp8; decode 64 window; decode 128 full batch; "
      "decode 128 dense; decode 128 window; decode 256"),
@@ -193,17 +198,22 @@ def test_listing(kernel, case, arch, kinds):
         )
         if kinds == GLUON["sm_90a"]:
             assert OVERLAPPED in listing.ptx
-            assert exponentials_under_products(listing.sass) >= 30, "the softmax waits for values"
+            assert min(exponentials_between_waits(listing.sass)) >= 30, "softmax waits for values"
+        if kernel == "flash_backward_hopper_kernel":
+            assert "red.relaxed.gpu.global.add.v4.f32" in listing.ptx
+            assert OVERLAPPED in listing.ptx
+            counts = exponentials_between_waits(listing.sass)
+            assert sum(count >= 30 for count in counts) == 2, "the softmax waits for dP"
         if kernel == "topk_rows_kernel":  # places are called contiguous, and are not
             assert "st.global.v" not in listing.ptx
         if case in FP8_CASES and arch == "sm_90a" and kernel != "widen_kernel":
             assert FP8_PRODUCT in listing.ptx
 
 
-def exponentials_under_products(sass: str) -> int:
-    """Return the fewest exponentials between the wait for scores and that for the values."""
+def exponentials_between_waits(sass: str) -> list[int]:
+    """Return the exponentials between each wait but for one product and the next for all."""
     waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)[1:]
-    return min(part.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") for part in waits)
+    return [part.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") for part in waits]
 
 
 @pytest.mark.slow

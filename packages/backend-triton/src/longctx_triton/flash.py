@@ -135,7 +135,14 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `longctx.protocols.attention.FlashAttention.flash_backward`.
 
-    Without atomics, hence the same bits every time: dq, and dk with dv, each recompute the scores.
+    On Hopper dq is summed by atomics, in no fixed order, where the Gluon kernel fits. Elsewhere,
+    and with ``torch.use_deterministic_algorithms``, dq, and dk with dv, each recompute the scores:
+    without atomics, hence the same bits every time.
+
+    Environment
+    -----------
+    LONGCTX_TRITON_FLASH : {"portable"}, optional
+        Run the ``tl.dot`` kernels on Hopper too, for comparison.
     """
     batch, q_len, q_heads, head_dim = q.shape
     k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -145,14 +152,42 @@ def flash_backward(
     device = device_of(q.device)
     block_d, block_v = padded(head_dim), padded(value_dim)
     plain = left is None and softcap == 0
-    kind = (device, max(block_d, block_v), plain)
-    by_query, by_key = dq_tiles(*kind), dkdv_tiles(*kind)
+    one_pass = (
+        plain
+        and cu_seqlens_q is None
+        and device.runs_gluon
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+    if one_pass:
+        # Gluon is imported where it can run
+        from longctx_triton.launch.flash_backward_hopper import (
+            hopper_backward,
+            hopper_backward_takes,
+            padded_rows,
+        )
+
+        one_pass = hopper_backward_takes(q, k, v, right, scale)
     units = batch * q_heads
     row_tiles = -(-q_len // _DELTA_ROWS)
-    delta, lse2 = torch.empty((2, *lse.shape), dtype=torch.float32, device=q.device)
+    rows = padded_rows(q_len) if one_pass else q_len
+    delta, lse2 = torch.empty((2, batch, q_heads, rows), dtype=torch.float32, device=q.device)
     parts = None
     if sinks is not None:
         parts = torch.empty((row_tiles * batch, q_heads), dtype=torch.float32, device=q.device)
+    flash_delta_kernel[(row_tiles * units,)](
+        dout, out, lse, dlse, sinks, delta, lse2, parts, q_len, rows, units, q_heads,
+        *_strides(dout), *_strides(out),
+        VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_Q=_DELTA_ROWS, num_warps=4,
+    )  # fmt: skip
+    dsinks = None if parts is None else parts.sum(0)
+    if one_pass:
+        hopper_backward(
+            dout, q, k, v, lse2, delta, dq, dk, dv, causal=right == 0, scale=scale,
+            section=min(batch * kv_heads, _fitting(device, q, dout, 2 * group)),
+        )  # fmt: skip
+        return dq, dk, dv, dsinks
+    kind = (device, max(block_d, block_v), plain)
+    by_query, by_key = dq_tiles(*kind), dkdv_tiles(*kind)
     sequences = 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     strides = (*_strides(dout), *_strides(q), *_strides(k), *_strides(v))
     options = {
@@ -165,11 +200,6 @@ def flash_backward(
         "HAS_RIGHT": right is not None,
         "VARLEN": cu_seqlens_q is not None,
     }
-    flash_delta_kernel[(row_tiles * units,)](
-        dout, out, lse, dlse, sinks, delta, lse2, parts, q_len, units, q_heads,
-        *_strides(dout), *_strides(out),
-        VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_Q=_DELTA_ROWS, num_warps=4,
-    )  # fmt: skip
     count = _tile_count(k_len, cu_seqlens_k, by_key.block_k)
     flash_dkdv_kernel[(count * batch * kv_heads,)](
         dout, q, k, v, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k,
@@ -188,7 +218,7 @@ def flash_backward(
         BLOCK_Q=by_query.block_q, BLOCK_K=by_query.block_k, **options,
         num_warps=by_query.num_warps, num_stages=by_query.num_stages,
     )  # fmt: skip
-    return dq, dk, dv, None if parts is None else parts.sum(0)
+    return dq, dk, dv, dsinks
 
 
 def _band(

@@ -7,7 +7,6 @@ Forward and backward are the same scan: with ``(q, k, v)`` replaced by ``(dout, 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,8 @@ from longctx_triton.launch.tuning import tuned
 __all__ = ["lightning_backward", "lightning_decode_forward", "lightning_forward"]
 
 DECODE_BLOCK_V = 32
-WELL_FILLED = 0.85
-"""Share of the last wave of programs on the multiprocessors that counts as full."""
+NARROW_PROGRAMS = 1.5
+"""Programs of 32 value channels on each multiprocessor above which they are not made wider."""
 
 
 class _Tiles(NamedTuple):
@@ -181,8 +180,6 @@ def _tiles(head_dim: int, value_dim: int, runs: int, device: Device) -> _Tiles:
         return _Tiles(64, block_k, min(block_v, 32 if block_k <= 128 else 16), 4, stages)
     if block_k > 128:
         return _Tiles(64, block_k, min(block_v, 32), 4, 2)
-    # a whole head's values at once read q and k once, if such programs fill the GPU
-    waves = runs / device.processors
-    if block_v == 128 and waves >= WELL_FILLED * math.ceil(waves):
-        return _Tiles(64, block_k, 128, 8, 3)
-    return _Tiles(64, block_k, min(block_v, 64), 4, 3)
+    # chunks follow one another, so two programs a multiprocessor hide what one waits for
+    narrow = runs * triton.cdiv(block_v, 32) >= NARROW_PROGRAMS * device.processors
+    return _Tiles(64, block_k, min(block_v, 32 if narrow else 64), 4, 3)

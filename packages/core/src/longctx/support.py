@@ -143,7 +143,8 @@ class OpSupport:
     gradient : bool
         Whether the backward primitive exists.
     deterministic : bool
-        Same inputs give the same bits, run to run.
+        Same inputs give the same bits, run to run; gradients at the latest when
+        ``torch.use_deterministic_algorithms`` asks for it.
     priority : int
         Order among the backends that can run a request; higher wins.
     arch_priority : mapping of (int, int) to int

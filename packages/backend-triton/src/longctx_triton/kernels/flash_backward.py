@@ -23,15 +23,16 @@ __all__ = ["flash_delta_kernel", "flash_dkdv_kernel", "flash_dq_kernel"]
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["q_len", "units", "q_heads"])
+@triton.jit(do_not_specialize=["q_len", "padded", "units", "q_heads"])
 def flash_delta_kernel(
-    dout, out, lse, dlse, sinks, delta, lse2, dsinks, q_len, units, q_heads,
+    dout, out, lse, dlse, sinks, delta, lse2, dsinks, q_len, padded, units, q_heads,
     stride_db, stride_ds, stride_dh, stride_ob, stride_os, stride_oh,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Write ``delta = dout . out - dlse`` and ``lse log2(e)``, both ``[B, Hq, Sq]`` fp32.
+    """Write ``delta = dout . out - dlse`` and ``lse log2(e)``, both ``[B, Hq, padded]`` fp32.
 
-    An empty row gets +inf, so that its weights ``exp2(score - lse2)`` vanish. Grid ``(row tiles *
+    An empty row gets +inf, so that its weights ``exp2(score - lse2)`` vanish, and so does one
+    past the end (there are ``padded - q_len``, less than a tile). Grid ``(row tiles *
     units,)``, units being ``B * Hq``; each program leaves its part of dsinks in ``[row tiles, B,
     Hq]``.
     """
@@ -54,8 +55,9 @@ def flash_delta_kernel(
         b_delta = b_delta - tl.load(dlse + o_row, mask=m_q, other=0)
     b_lse = tl.load(lse + o_row, mask=m_q, other=float("-inf"))
     b_lse2 = tl.where(b_lse == float("-inf"), float("inf"), b_lse * _LOG2E)
-    tl.store(delta + o_row, b_delta, mask=m_q)
-    tl.store(lse2 + o_row, b_lse2, mask=m_q)
+    o_padded = i_bh.to(tl.int64) * padded + o_q
+    tl.store(delta + o_padded, b_delta, mask=o_q < padded)
+    tl.store(lse2 + o_padded, b_lse2, mask=o_q < padded)
     if sinks is not None:
         # a sink is a key with value 0
         b_p = tl.exp2(tl.load(sinks + i_h) * _LOG2E - b_lse2)

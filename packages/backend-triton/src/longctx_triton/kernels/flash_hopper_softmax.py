@@ -1,4 +1,4 @@
-"""The softmax of the Hopper forward kernel, written for the instructions that it costs.
+"""The softmax of the Hopper kernels, written for the instructions that it costs.
 
 A warpgroup's accumulator holds 64 rows; four threads share a row, and a thread holds two columns
 of every eight.

@@ -15,7 +15,14 @@ from longctx_triton.launch.prepared import Block, Prepared
 from longctx_triton.launch.tuning import tuned
 from longctx_triton.launch.widen import widened
 
-__all__ = ["HopperTiles", "copied", "copyable", "hopper_forward", "hopper_takes", "hopper_tiles"]
+__all__ = [
+    "HopperTiles",
+    "copyable",
+    "hopper_forward",
+    "hopper_takes",
+    "hopper_tiles",
+    "rows_block",
+]
 
 _FP8 = torch.float8_e4m3fn
 _DTYPES = (torch.bfloat16, torch.float16, _FP8)
@@ -155,10 +162,10 @@ def _plan(
             "REGISTERS": tiles.registers, "num_warps": 4,
         },
         (
-            copied(q_shape, q_strides, ROWS, narrow),
-            copied(k_shape, k_strides, tiles.block_k, narrow),
-            copied(k_shape, v_strides, tiles.block_k, 2),
-            copied(q_shape, out_strides, ROWS, 2),
+            rows_block(q_shape, q_strides, ROWS, narrow),
+            rows_block(k_shape, k_strides, tiles.block_k, narrow),
+            rows_block(k_shape, v_strides, tiles.block_k, 2),
+            rows_block(q_shape, out_strides, ROWS, 2),
         ),
     )  # fmt: skip
 
@@ -176,7 +183,9 @@ def _even(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
     )
 
 
-def copied(shape: tuple[int, ...], strides: tuple[int, ...], rows: int, itemsize: int) -> Block:
+def rows_block(
+    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, itemsize: int
+) -> Block:
     """Describe blocks ``[1, rows, 1, head_dim]`` of ``[B, S, H, D]`` to the copy engine."""
     head_dim = shape[3]
     # the stride of an axis with one entry is never used and may be odd

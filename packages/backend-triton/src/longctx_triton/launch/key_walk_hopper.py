@@ -12,7 +12,7 @@ from longctx_triton.kernels.flash_hopper import ROWS
 from longctx_triton.kernels.key_walk_hopper import key_walk_hopper_kernel
 from longctx_triton.kernels.walk_list import walk_list_kernel
 from longctx_triton.launch.device import Device
-from longctx_triton.launch.flash_hopper import copied, copyable
+from longctx_triton.launch.flash_hopper import copyable, rows_block
 from longctx_triton.launch.prepared import Prepared, launch
 from longctx_triton.launch.tuning import tuned
 
@@ -229,9 +229,9 @@ def _plan(
             "REGISTERS": sizes.registers, "num_warps": 4,
         },
         (
-            copied(q_shape, q_strides, ROWS, 2),
-            copied(k_shape, k_strides, sizes.block_k, 2),
-            copied(k_shape, v_strides, sizes.block_k, 2),
-            copied(q_shape, out_strides, ROWS, 2),
+            rows_block(q_shape, q_strides, ROWS, 2),
+            rows_block(k_shape, k_strides, sizes.block_k, 2),
+            rows_block(k_shape, v_strides, sizes.block_k, 2),
+            rows_block(q_shape, out_strides, ROWS, 2),
         ),
     )  # fmt: skip

@@ -221,9 +221,9 @@ def _flash_trials(dim: int) -> list[Trial]:
 
     def gradient(device: torch.device) -> list[Call]:
         return [
-            attend(device, dim, 8 * K, backward=True),
-            attend(device, dim, 1000, packed=True, backward=True),
-            attend(device, dim, 1000, causal=False, backward=True),
+            portable(attend(device, dim, 8 * K, backward=True)),
+            portable(attend(device, dim, 1000, packed=True, backward=True)),
+            portable(attend(device, dim, 1000, causal=False, backward=True)),
         ]
 
     return [
@@ -271,7 +271,7 @@ def _all_trials() -> list[Trial]:
         found.append(
             _alone("lightning", f"D{dim} B1 H64 32K", _bind(scan, dim, 1, 64, 32 * K), *further)
         )
-    # enough heads for programs that hold all values of a head
+    # several programs for every multiprocessor
     many = (_bind(scan, 128, 8, 32, 4 * K), _bind(scan, 128, 8, 32, 1000, backward=True))
     found.append(_alone("lightning", "D128 B8 H32 4K", *many))
     for dim in (128, 64):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +18,18 @@ from longctx.testing.suite.test_flash import coarse, coarse_qkv
 __all__ = ["TestFlashGradients"]
 
 NAMES = ("dq", "dk", "dv", "dsinks")
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Ask PyTorch and the backend for repeatable results."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def exact_gradients(
@@ -273,9 +287,10 @@ class TestFlashGradients:
         tensors = [t.requires_grad_() for t in subject.qkv(1, 1000, 1000, q_heads=8)]
         upstream = subject.randn(1, 1000, 8, 64)
         runs = []
-        for _ in range(20 if subject.device.type == "cuda" else 2):
-            out = subject.run(longctx.flash_attention, *tensors, causal=True)
-            runs.append(torch.autograd.grad(out, tensors, upstream))
+        with deterministic_algorithms():
+            for _ in range(20 if subject.device.type == "cuda" else 2):
+                out = subject.run(longctx.flash_attention, *tensors, causal=True)
+                runs.append(torch.autograd.grad(out, tensors, upstream))
         for run in runs[1:]:
             for one, first in zip(run, runs[0], strict=True):
                 assert torch.equal(one, first)
