@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longctx_triton import block_sparse, decode, dsa, flash, lightning, star, token_sparse
-from longctx_triton.launch import flash_hopper, mla_hopper
+from longctx_triton.launch import decode_plan, flash_hopper, mla_hopper
 
 __all__ = ["CASES"]
 
@@ -93,6 +93,16 @@ def decode_case(
         sinks=None if window is None else floats(32), scale=0.1,
         k_scale=floats(8) if fp8 else None, v_scale=floats(8) if fp8 else None,
     )  # fmt: skip
+
+
+def merged_decode_case(dim: int, *, fp8: bool = False, **options: Any) -> None:
+    """Decode in one kernel; the values of an fp8 cache are read by fours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_plan, "MERGED_BYTES", 1 << 18)
+        patch.setattr(decode_plan, "FP8_WORDS", True)
+        decode_plan.decode_plan.cache_clear()
+        decode_case(dim, fp8=fp8, **options)
+    decode_plan.decode_plan.cache_clear()
 
 
 def lightning_case(
@@ -283,6 +293,9 @@ for _d in (64, 128):
         f"decode {_d} fp8": partial(decode_case, _d, fp8=True),
         f"decode {_d} tokens": partial(decode_case, _d, tokens=16),
         f"decode {_d} window": partial(decode_case, _d, window=1024, softcap=30.0),
+        f"decode {_d} merged": partial(merged_decode_case, _d, paged=False),
+        f"decode {_d} merged fp8": partial(merged_decode_case, _d, fp8=True, paged=False),
+        f"decode {_d} merged tokens": partial(merged_decode_case, _d, tokens=16),
         f"merge {_d}": partial(merge_case, _d, torch.bfloat16),
         f"lightning {_d} cut": partial(lightning_case, _d),
         f"lightning {_d} whole": partial(lightning_case, _d, batch=4, heads=66),

@@ -26,12 +26,15 @@ def _poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=["whole", "merged", "merged apart"])
 def splits(request, monkeypatch):
     """Run unsplit, and with more splits than some sequences have blocks."""
-    monkeypatch.setattr(launch_plan, "split_keys", lambda *_: Split(request.param, 1))
+    number = 1 if request.param == "whole" else 3
+    monkeypatch.setattr(launch_plan, "split_keys", lambda *_: Split(number, 1))
+    monkeypatch.setattr(launch_plan, "MERGED_BYTES", 0 if "apart" in request.param else 1 << 30)
+    monkeypatch.setattr(launch_plan, "MERGED_NUMBERS", 256)
     decode_plan.cache_clear()
-    yield request.param
+    yield number
     decode_plan.cache_clear()
 
 
@@ -175,6 +178,20 @@ def test_rows_without_keys(device, splits):
     assert (lse[1, :, 0] == -torch.inf).all()
     _, lse = check(device, q, k, v, [0, 2], sinks=torch.tensor([0.5, -1.0]))
     assert lse[0, :, 0].tolist() == pytest.approx([0.5, -1.0])
+
+
+@pytest.mark.parametrize("number", [2, 5, 13])
+@pytest.mark.parametrize("held", [64, 256])
+def test_parts_are_merged_in_steps(device, number, held, monkeypatch):
+    """More parts than are merged at a time, and a last step that is not full."""
+    monkeypatch.setattr(launch_plan, "split_keys", lambda *_: Split(number, 1))
+    monkeypatch.setattr(launch_plan, "MERGED_BYTES", 1 << 30)
+    monkeypatch.setattr(launch_plan, "MERGED_NUMBERS", held)
+    decode_plan.cache_clear()
+    q = torch.randn(3, 2, 6, 48).to(BF16)
+    k, v, table = cache([209, 0, 40], 220, 16, 2, 48, 48, BF16)
+    check(device, q, k, v, [209, 0, 40], page_table=table, sinks=torch.randn(6))
+    decode_plan.cache_clear()
 
 
 def test_strided_tensors(device, splits):

@@ -10,6 +10,7 @@ from longctx_triton.kernels.merge import merge_kernel, merge_splits_kernel
 from longctx_triton.launch.decode_plan import decode_plan
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.workspace import workspace
 
 __all__ = ["decode_forward", "merge_forward"]
 
@@ -43,7 +44,7 @@ def decode_forward(
     if page_table is not None:
         page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
         pages, page_stride = page_table.shape[1], page_table.stride(0)
-    words = (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0
+    words = v_cache.data_ptr() % 16 == 0
     plan = decode_plan(
         q.shape, q.stride(), k_cache.shape, k_cache.stride(), v_cache.shape, v_cache.stride(),
         k_cache.dtype, words, pages, page_stride, window_left, softcap, scale, device_of(q.device),
@@ -51,11 +52,15 @@ def decode_forward(
     if plan.bits:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     inputs = (q, k_cache, v_cache, cache_seqlens, page_table, sinks, k_scale, v_scale)
+    if not plan.parts:
+        plan.attend(decode_kernel, *inputs, None, None, out, lse)
+        return out, lse
     if plan.merge is None:
-        plan.attend(decode_kernel, *inputs, out, lse)
+        counters, parts = workspace(plan.counters, plan.parts, q.device)
+        plan.attend(decode_kernel, *inputs, parts, counters, out, lse)
     else:
         parts = torch.empty(plan.parts, dtype=torch.float32, device=q.device)
-        plan.attend(decode_kernel, *inputs, parts, None)
+        plan.attend(decode_kernel, *inputs, parts, None, None, None)
         plan.merge(merge_splits_kernel, parts, cache_seqlens, sinks, out, lse)
     return out, lse
 

@@ -2,7 +2,8 @@
 
 The query heads of a group and the new tokens are rows of one tile, so each key is read once. The
 shares are computed on the device from the sequence's own length: a grid of fixed size serves any
-lengths, and programs without a share leave at once.
+lengths, and programs without a share leave at once. Where the partial results of a tile are few,
+the program that is the last to write one merges them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longctx_triton.kernels.decode_rows import LOG2E, merged, store_part, store_rows
 from longctx_triton.kernels.leading_power import leading_power
 
 __all__ = ["decode_kernel", "first_block", "programs_used"]
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -27,8 +26,11 @@ def first_block(length, q_len, window_left, BLOCK_N: tl.constexpr, HAS_WINDOW: t
 
 @triton.jit
 def programs_used(blocks, splits, least_blocks):
-    """Return how many of the grid's splits get a share of a sequence of ``blocks`` key blocks."""
-    return tl.minimum(splits, tl.cdiv(blocks, least_blocks))
+    """Return how many of the grid's splits get a share of a sequence of ``blocks`` key blocks.
+
+    At least one, which writes the result of rows that have no keys.
+    """
+    return tl.maximum(tl.minimum(splits, tl.cdiv(blocks, least_blocks)), 1)
 
 
 @triton.jit
@@ -36,17 +38,8 @@ def widen(b_x, FP8: tl.constexpr):
     """Convert a cache tile to what is multiplied: fp16 holds every e4m3 value."""
     if FP8 == "":
         b_w = b_x
-    elif FP8 == "native":
+    elif FP8 != "bits":
         b_w = b_x.to(tl.float16)
-    elif FP8 == "words":
-        # a byte at a time would be read for the product: four are loaded as one number
-        b_0 = (b_x & 0xFF).to(tl.uint8)
-        b_1 = ((b_x >> 8) & 0xFF).to(tl.uint8)
-        b_2 = ((b_x >> 16) & 0xFF).to(tl.uint8)
-        b_3 = ((b_x >> 24) & 0xFF).to(tl.uint8)
-        b_w = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
-        b_w = b_w.reshape([b_x.shape[0], b_x.shape[1] * 4])
-        b_w = b_w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
         # e4m3 bits shifted into place; the exponent's bias differs from fp16's by 8
         bits = b_x.to(tl.uint16)
@@ -57,6 +50,12 @@ def widen(b_x, FP8: tl.constexpr):
 
 
 @triton.jit
+def widened_byte(b_x, SHIFT: tl.constexpr):
+    """Return the e4m3 values that are one byte of every word, in fp16."""
+    return ((b_x >> SHIFT) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+
+
+@triton.jit
 def softcapped(b_s, softcap):
     """Return ``softcap tanh(s / softcap)``; the exponential saturates the right way."""
     return softcap * (1.0 - 2.0 / (tl.exp2(b_s * (2.0 * LOG2E / softcap)) + 1.0))
@@ -64,7 +63,7 @@ def softcapped(b_s, softcap):
 
 @triton.jit(
     do_not_specialize=[
-        "q_len", "group", "splits", "least_blocks", "window_left", "stride_tb"
+        "q_len", "splits", "least_blocks", "batch", "window_left", "stride_tb"
     ]
 )  # fmt: skip
 def decode_kernel(
@@ -76,13 +75,14 @@ def decode_kernel(
     sinks,
     k_scale,
     v_scale,
+    parts,
+    counters,
     out,
     lse,
     scale,
     softcap,
     window_left,
     q_len,
-    group,
     kv_heads,
     splits,
     least_blocks,
@@ -103,30 +103,51 @@ def decode_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     FP8: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    DEPENDENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGED_PARTS: tl.constexpr,
 ):
     """Attend ``BLOCK_M`` rows of one KV head to one share of its keys.
 
-    With ``PARTIAL``, fp32 results ``[splits, B, Sq, Hq, Dv]`` and behind them base-2 log-sum-exps
-    ``[splits, B, Hq, Sq]`` go to ``out``, without sinks; else both go to the final tensors.
-    ``stride_kb`` and ``stride_vb`` step from page to page when ``PAGE_SIZE`` is not 0. The caches'
-    strides count what they are read by: elements, or with ``FP8`` "words" four of them.
+    With ``SPLIT``, partial results in fp32 go to ``parts``. They are merged ``MERGED_PARTS`` at a
+    time by the program that is the last of a tile to get there, which ``counters [B, Hkv, row
+    blocks]``, all 0 before and after, tell. With 0 a kernel of its own merges them: ``parts`` is
+    ``[splits, B, Sq, Hq, Dv]``, and behind it ``[splits, B, Hq, Sq]`` log-sum-exps, without sinks.
+    ``ROWS`` is the least power of two that holds the rows of a tile.
+    ``stride_kb`` and ``stride_vb`` step from page to page when ``PAGE_SIZE`` is not 0. A cache's
+    strides count what it is read by: elements, or for values with ``FP8`` "words" four of them.
     """
     # neighbours read the same keys (row blocks), then the heads beside them in memory
-    row_blocks = tl.cdiv(q_len * group, BLOCK_M)
-    i_block = tl.program_id(0) % row_blocks
-    i_h = tl.program_id(0) // row_blocks
+    if ROWS < BLOCK_M:
+        row_blocks = 1
+        i_block = 0
+        i_h = tl.program_id(0)
+    else:
+        row_blocks = tl.cdiv(q_len * GROUP, BLOCK_M)
+        i_block = tl.program_id(0) % row_blocks
+        i_h = tl.program_id(0) // row_blocks
     i_split = tl.program_id(1)
     i_b = tl.program_id(2)
     length = tl.load(cache_seqlens + i_b)
+    # queries are on their way before the length is looked at
+    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # rows: query token major, head of the group
+    o_d = tl.arange(0, BLOCK_D)
+    o_token = o_m // GROUP
+    o_head = i_h * GROUP + o_m % GROUP
+    m_m = o_token < q_len
+    m_d = o_d < HEAD_DIM
+    p_q = q + i_b.to(tl.int64) * stride_qb
+    p_q += o_token[:, None].to(tl.int64) * stride_qs + o_head[:, None].to(tl.int64) * stride_qh
+    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
+
     start = first_block(length, q_len, window_left, BLOCK_N, HAS_WINDOW)
     blocks = tl.maximum(tl.cdiv(length, BLOCK_N) - start, 0)
-    if PARTIAL:
+    if SPLIT:
         used = programs_used(blocks, splits, least_blocks)
         if i_split >= used:
             return
@@ -134,21 +155,7 @@ def decode_kernel(
         start = start + blocks * i_split // used
     else:
         stop = start + blocks
-    if DEPENDENTS:
-        # the merge may take its place on the GPU: it waits there until this grid is done
-        tl.extra.cuda.gdc_launch_dependents()
 
-    o_m = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # rows: query token major, head of the group
-    o_d = tl.arange(0, BLOCK_D)
-    o_v = tl.arange(0, BLOCK_V)
-    o_token = o_m // group
-    o_head = i_h * group + o_m % group
-    m_m = o_token < q_len
-    m_d = o_d < HEAD_DIM
-    m_v = o_v < VALUE_DIM
-    p_q = q + i_b.to(tl.int64) * stride_qb
-    p_q += o_token[:, None].to(tl.int64) * stride_qs + o_head[:, None].to(tl.int64) * stride_qh
-    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
     # the last key that each row sees
     o_last = length - q_len + o_token
     b_scale = tl.full([BLOCK_M], 1.0, tl.float32) * scale
@@ -163,13 +170,12 @@ def decode_kernel(
     if not HAS_SOFTCAP:
         b_scale = b_scale * LOG2E
 
+    # products read values across keys: bytes one at a time, or four as the word that they are in
     WIDTH: tl.constexpr = 4 if FP8 == "words" else 1
     if FP8 == "words":
-        k_cache = k_cache.to(tl.pointer_type(tl.int32))
         v_cache = v_cache.to(tl.pointer_type(tl.int32))
-    o_dk = tl.arange(0, BLOCK_D // WIDTH)
     o_dv = tl.arange(0, BLOCK_V // WIDTH)
-    p_k = k_cache + i_h.to(tl.int64) * stride_kh + o_dk[None, :]
+    p_k = k_cache + i_h.to(tl.int64) * stride_kh + o_d[None, :]
     p_v = v_cache + i_h.to(tl.int64) * stride_vh + o_dv[None, :]
     if PAGE_SIZE == 0:
         p_k += i_b.to(tl.int64) * stride_kb
@@ -179,7 +185,9 @@ def decode_kernel(
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_V // WIDTH], tl.float32)
+    if FP8 == "words":  # of every word, its other bytes
+        b_o1, b_o2, b_o3 = b_o, b_o, b_o
     for i_n in tl.range(start, stop):
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < length
@@ -200,15 +208,12 @@ def decode_kernel(
         m_k = m_n[:, None]
         m_vn = m_n[:, None]
         if BLOCK_D != HEAD_DIM:
-            m_k = m_k & (o_dk < HEAD_DIM // WIDTH)[None, :]
+            m_k = m_k & m_d[None, :]
         if BLOCK_V != VALUE_DIM:
             m_vn = m_vn & (o_dv < VALUE_DIM // WIDTH)[None, :]
-        if FP8 == "bits" or FP8 == "words":
-            b_k = tl.load(p_k + o_k[:, None], mask=m_k, other=0)  # [BLOCK_N, BLOCK_D / WIDTH]
-            b_v = tl.load(p_v + o_vn[:, None], mask=m_vn, other=0)  # [BLOCK_N, BLOCK_V / WIDTH]
-        else:
-            b_k = tl.load(p_k + o_k[:, None], mask=m_k, other=0.0)
-            b_v = tl.load(p_v + o_vn[:, None], mask=m_vn, other=0.0)
+        b_k = tl.load(p_k + o_k[:, None], m_k, 0 if FP8 == "bits" else 0.0)  # [BLOCK_N, BLOCK_D]
+        # [BLOCK_N, BLOCK_V / WIDTH]
+        b_v = tl.load(p_v + o_vn[:, None], m_vn, 0 if FP8 == "bits" or FP8 == "words" else 0.0)
         b_s = tl.dot(b_q, tl.trans(widen(b_k, FP8))) * b_scale[:, None]  # [BLOCK_M, BLOCK_N]
         if HAS_SOFTCAP:
             b_s = softcapped(b_s, softcap) * LOG2E
@@ -222,31 +227,54 @@ def decode_kernel(
         b_p = tl.exp2(b_s - b_shift[:, None])
         b_alpha = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-        b_o = tl.dot(b_p.to(b_q.dtype), widen(b_v, FP8), acc=b_o * b_alpha[:, None])
+        b_p = b_p.to(b_q.dtype)
+        if FP8 == "words":
+            b_o = tl.dot(b_p, widened_byte(b_v, 0), acc=b_o * b_alpha[:, None])
+            b_o1 = tl.dot(b_p, widened_byte(b_v, 8), acc=b_o1 * b_alpha[:, None])
+            b_o2 = tl.dot(b_p, widened_byte(b_v, 16), acc=b_o2 * b_alpha[:, None])
+            b_o3 = tl.dot(b_p, widened_byte(b_v, 24), acc=b_o3 * b_alpha[:, None])
+        else:
+            b_o = tl.dot(b_p, widen(b_v, FP8), acc=b_o * b_alpha[:, None])
         b_max = b_new
-
-    if not PARTIAL and sinks is not None:
-        b_sink = tl.load(sinks + o_head, mask=m_m, other=0.0) * LOG2E
-        b_new = tl.maximum(b_max, b_sink)
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_alpha = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_alpha + tl.exp2(b_sink - b_shift)
-        b_o = b_o * b_alpha[:, None]
-        b_max = b_new
-    m_empty = b_sum == 0.0
-    b_sum = tl.where(m_empty, 1.0, b_sum)
-    b_o = b_o / b_sum[:, None]
+    if FP8 == "words":
+        b_o = tl.join(tl.join(b_o, b_o2), tl.join(b_o1, b_o3)).reshape([BLOCK_M, BLOCK_V])
     if v_scale is not None:
         b_o = b_o * tl.load(v_scale + i_b * kv_heads + i_h)
-    b_lse = tl.where(m_empty, float("-inf"), b_max + tl.log2(b_sum))
-    heads = kv_heads * group
-    i_row = i_b.to(tl.int64)
-    if PARTIAL:
-        i_row += i_split.to(tl.int64) * batch
-        p_lse = out + splits.to(tl.int64) * batch * q_len * heads * VALUE_DIM
+
+    heads = kv_heads * GROUP
+    if not SPLIT:
+        store_rows(
+            out, lse, sinks, b_o, b_max, b_sum, o_token, o_head, i_b, q_len, heads,
+            VALUE_DIM, BLOCK_V,
+        )  # fmt: skip
+    elif MERGED_PARTS == 0:
+        rows = batch.to(tl.int64) * q_len * heads
+        p_out = parts + i_split * rows * VALUE_DIM
+        p_lse = parts + (splits * VALUE_DIM + i_split) * rows
+        store_rows(
+            p_out, p_lse, None, b_o, b_max, b_sum, o_token, o_head, i_b, q_len, heads,
+            VALUE_DIM, BLOCK_V,
+        )  # fmt: skip
+    elif used == 1:
+        store_rows(
+            out, lse, sinks, b_o, b_max, b_sum, o_token, o_head, i_b, q_len, heads,
+            VALUE_DIM, BLOCK_V,
+        )  # fmt: skip
     else:
-        p_lse = lse
-        b_lse = b_lse * LN2
-    p_o = out + ((i_row * q_len + o_token) * heads + o_head)[:, None] * VALUE_DIM + o_v[None, :]
-    tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_m[:, None] & m_v[None, :])
-    tl.store(p_lse + (i_row * heads + o_head) * q_len + o_token, b_lse, mask=m_m)
+        # multiples of 16 bytes
+        RECORD: tl.constexpr = ROWS * BLOCK_V + (ROWS if ROWS > 4 else 4)
+        i_tile = (i_b * kv_heads + i_h) * row_blocks + i_block
+        p_parts = parts + i_tile.to(tl.int64) * splits * RECORD
+        o_r = tl.arange(0, BLOCK_M)
+        store_part(p_parts + i_split * RECORD, b_o, b_max, b_sum, o_r, BLOCK_V, ROWS)
+        # one thread counts for all, once all have written
+        tl.debug_barrier()
+        before = tl.atomic_add(counters + i_tile, 1, sem="acq_rel", scope="gpu")
+        if before == used - 1:
+            tl.store(counters + i_tile, 0)
+            b_all, b_top, b_total = merged(p_parts, used, BLOCK_V, ROWS, RECORD, MERGED_PARTS)
+            o_row = i_block * BLOCK_M + tl.arange(0, ROWS)
+            store_rows(
+                out, lse, sinks, b_all, b_top, b_total, o_row // GROUP,
+                i_h * GROUP + o_row % GROUP, i_b, q_len, heads, VALUE_DIM, BLOCK_V,
+            )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longctx_triton.kernels.decode import LN2, LOG2E, first_block, programs_used
+from longctx_triton.kernels.decode import first_block, programs_used
+from longctx_triton.kernels.decode_rows import LN2, LOG2E
 
 __all__ = ["merge_kernel", "merge_splits_kernel"]
 
@@ -95,12 +96,11 @@ def merge_splits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Merge one row's partial results: those of the splits that its length gave a share.
 
-    ``outs`` holds ``[splits, B, Sq, Hq, Dv]`` and, behind them, base-2 log-sum-exps ``[splits, B,
-    Hq, Sq]``, all fp32; the other splits' slots were never written.
+    ``outs`` holds ``[splits, B, Sq, Hq, Dv]`` and, behind them, log-sum-exps ``[splits, B, Hq,
+    Sq]``, all fp32; the other splits' slots were never written.
     """
     i_head = tl.program_id(0) % heads
     i_token = tl.program_id(0) // heads
@@ -115,8 +115,6 @@ def merge_splits_kernel(
     i_lse = (i_b.to(tl.int64) * heads + i_head) * q_len + i_token
     rows = batch.to(tl.int64) * q_len * heads
     lses = outs + splits * rows * VALUE_DIM
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()  # until the partial results are there
 
     b_max = tl.full([], float("-inf"), tl.float32)
     if sinks is not None:
@@ -125,7 +123,7 @@ def merge_splits_kernel(
     for i in tl.range(0, used, BLOCK_S):
         o_s = i + tl.arange(0, BLOCK_S)
         b_l = tl.load(lses + o_s.to(tl.int64) * rows + i_lse, mask=o_s < used, other=float("-inf"))
-        b_max = tl.maximum(b_max, tl.max(b_l, 0))
+        b_max = tl.maximum(b_max, tl.max(b_l, 0) * LOG2E)
     b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
 
     b_sum = tl.exp2(b_sink - b_shift)
@@ -133,7 +131,7 @@ def merge_splits_kernel(
     for i in tl.range(0, used, BLOCK_S):
         o_s = i + tl.arange(0, BLOCK_S)
         b_l = tl.load(lses + o_s.to(tl.int64) * rows + i_lse, mask=o_s < used, other=float("-inf"))
-        b_w = tl.exp2(b_l - b_shift)  # [BLOCK_S]
+        b_w = tl.exp2(b_l * LOG2E - b_shift)  # [BLOCK_S]
         p_o = outs + (o_s.to(tl.int64) * rows + i_row)[:, None] * VALUE_DIM + o_v[None, :]
         b_part = tl.load(p_o, mask=(o_s < used)[:, None] & m_v[None, :], other=0.0)
         b_o += tl.sum(b_w[:, None] * b_part, 0)

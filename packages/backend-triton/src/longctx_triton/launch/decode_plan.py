@@ -21,9 +21,13 @@ FAR = 1 << 30
 TILE_BYTES = 16 << 10
 """Bytes of one key tile: two stages of keys and values in flight saturate a multiprocessor."""
 FP8_WORDS = False
-"""Whether an fp8 cache is read four elements at a time where its layout allows it."""
-DEPENDENT = False
-"""Whether the merge is started while programs attend (programmatic dependent launch)."""
+"""Whether the values of an fp8 cache are read by fours where their layout allows it."""
+MERGED_BYTES = 0
+"""Partial results of one tile that the last of its programs merges; more take another kernel."""
+MERGED_NUMBERS = 64
+"""Of partial results that a thread of it holds at a time."""
+MOST_MERGED = 8192
+"""Of them, that a program holds: two times as many are on their way to shared memory."""
 
 
 class _Tiles(NamedTuple):
@@ -47,6 +51,8 @@ class DecodePlan(NamedTuple):
         Of ``merge_splits_kernel``; None where one program sees all keys of a row.
     parts : int
         Numbers, fp32, that the partial results take.
+    counters : int
+        Tiles whose programs are counted.
     bits : bool
         Whether the kernel reads an fp8 cache as bytes.
     """
@@ -54,6 +60,7 @@ class DecodePlan(NamedTuple):
     attend: Prepared
     merge: Prepared | None
     parts: int
+    counters: int
     bits: bool
 
 
@@ -82,7 +89,7 @@ def decode_plan(
         Of the queries and of the caches.
     cache_dtype : torch.dtype
     words : bool
-        Whether both caches begin at a multiple of 16 bytes.
+        Whether the values begin at a multiple of 16 bytes.
     pages : int or None
         Width of the page table, if there is one.
     page_stride : int
@@ -100,11 +107,11 @@ def decode_plan(
         page_size, capacity = k_shape[1], pages * k_shape[1]
     tiles = _tiles(rows, head_dim, value_dim, cache_dtype.itemsize, pages is not None, device)
     fp8 = ""
-    cache_strides = (*k_strides[:3], *v_strides[:3])
+    v_steps = v_strides[:3]
     if cache_dtype == FP8:
-        fp8 = _fp8_mode(device, words and not any(s % 16 for s in cache_strides))
+        fp8 = _fp8_mode(device, words and value_dim >= 64 and not any(s % 16 for s in v_steps))
     if fp8 == "words":
-        cache_strides = tuple(stride // 4 for stride in cache_strides)
+        v_steps = tuple(step // 4 for step in v_steps)
     reach, left = capacity, 0
     if window_left is not None:
         left = min(window_left, FAR)
@@ -115,39 +122,45 @@ def decode_plan(
     slots = tiles.programs * device.processors
     splits, least_blocks = split_keys(units, -(-reach // tiles.block_n), slots)
     windowed = window_left is not None
-    dependent = DEPENDENT and splits > 1 and device.arch >= (9, 0)
+    block_rows = min(tiles.block_m, padded(rows, 1))
+    numbers = block_rows * tiles.block_v
+    merged_parts = 0
+    if splits > 1 and 4 * splits * numbers <= MERGED_BYTES:
+        merged_parts = min(MOST_MERGED, MERGED_NUMBERS * 32 * tiles.num_warps) // numbers
     attend = Prepared(
         (row_blocks * kv_heads, splits, batch),
         (
-            scale, softcap, left, q_len, group, kv_heads, splits, least_blocks, batch,
-            *q_strides[:3], *cache_strides, page_stride,
+            scale, softcap, left, q_len, kv_heads, splits, least_blocks, batch,
+            *q_strides[:3], *k_strides[:3], *v_steps, page_stride,
         ),
         {
             "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
             "BLOCK_D": tiles.block_d, "BLOCK_V": tiles.block_v,
-            "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-            "PAGE_SIZE": page_size, "FP8": fp8, "HAS_WINDOW": windowed,
-            "HAS_SOFTCAP": softcap > 0, "PARTIAL": splits > 1, "DEPENDENTS": dependent,
+            "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "GROUP": group,
+            "ROWS": block_rows, "PAGE_SIZE": page_size, "FP8": fp8, "HAS_WINDOW": windowed,
+            "HAS_SOFTCAP": softcap > 0, "SPLIT": splits > 1, "MERGED_PARTS": merged_parts,
             "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
         },
     )  # fmt: skip
     if splits == 1:
-        return DecodePlan(attend, None, 0, fp8 == "bits")
+        return DecodePlan(attend, None, 0, 0, fp8 == "bits")
+    if merged_parts:
+        parts = (units * splits + merged_parts) * (numbers + max(block_rows, 4))
+        return DecodePlan(attend, None, parts, units, fp8 == "bits")
+    parts = splits * batch * heads * q_len * (value_dim + 1)
     merge = Prepared(
         (heads * q_len, batch),
         (left, q_len, heads, splits, least_blocks, batch),
         {
             "VALUE_DIM": value_dim, "BLOCK_V": tiles.block_v, "BLOCK_N": tiles.block_n,
-            "BLOCK_S": min(16, padded(splits, 2)), "HAS_WINDOW": windowed,
-            "DEPENDENT": dependent, "num_warps": 4, **({"launch_pdl": True} if dependent else {}),
+            "BLOCK_S": min(16, padded(splits, 2)), "HAS_WINDOW": windowed, "num_warps": 4,
         },
     )  # fmt: skip
-    parts = splits * batch * heads * q_len * (value_dim + 1)
-    return DecodePlan(attend, merge, parts, fp8 == "bits")
+    return DecodePlan(attend, merge, parts, 0, fp8 == "bits")
 
 
 def _fp8_mode(device: Device, words: bool) -> str:
-    """Return how an fp8 cache is read: as bits, where the GPU cannot convert, or by fours."""
+    """Return how an fp8 cache is read: as bits where the GPU cannot convert, values by fours."""
     if device.arch < (8, 9):
         return "bits"
     return "words" if words and FP8_WORDS else "native"
