@@ -57,6 +57,7 @@ def kernel(monkeypatch):
     made = Kernel()
     made.runs = []
     monkeypatch.setattr(prepared, "_known", {})
+    monkeypatch.setattr(prepared, "_repeated", {})
     monkeypatch.setattr(prepared, "raw_stream", lambda _: 7)
     monkeypatch.setattr(
         prepared, "direct_run", lambda *_: lambda *values: made.runs.append(values)
@@ -175,6 +176,27 @@ def test_descriptors_are_of_the_call_s_tensors(kernel):
     assert (pointer, number) == (y.data_ptr(), 32)
     assert second.base.data_ptr() == y.data_ptr()
     assert plan._templates[0].base is None
+
+
+def test_descriptors_are_encoded_once_an_address(kernel, monkeypatch):
+    encoded = []
+
+    def encode(position, descriptor):
+        encoded.append((position, descriptor.base.data_ptr()))
+        return f"map of {descriptor.base.data_ptr()}", *descriptor.shape
+
+    monkeypatch.setattr(prepared, "encoder", lambda _: encode)
+    plan = Prepared((1,), (32,), {}, (Block((4, 16), (16, 1), (2, 16), Description),))
+    x, y, z = numbers(4, 16), numbers(4, 16), numbers(4)
+    for first in (x, x, y, x, y):
+        plan(kernel, first, z)
+    assert encoded == [(0, x.data_ptr()), (0, y.data_ptr())]
+    expected = [(f"map of {t.data_ptr()}", 4, 16, z.data_ptr(), 32) for t in (x, y, x, y)]
+    assert [run[4:] for run in kernel.runs] == expected
+    # of other dtypes, another map of the same address
+    plan(kernel, x.view(FP16), z)
+    plan(kernel, x.view(FP16), z)
+    assert encoded[2:] == [(0, x.data_ptr())]
 
 
 def three_arguments(x, n, BLOCK: tl.constexpr):

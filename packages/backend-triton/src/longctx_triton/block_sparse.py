@@ -13,6 +13,7 @@ from longctx_triton.kernels.stripes import (
     stripe_index_kernel,
 )
 from longctx_triton.launch.device import device_of
+from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import (
     block_tiles,
@@ -72,7 +73,8 @@ def block_sparse_forward(
     tiles_a_block = -(-block_q // queries)
     scale_log2, q_factor = signed_scale(scale)
     grid = (batch * heads * tiles_a_block * counts.shape[2],)
-    block_attention_kernel[grid](
+    launch(
+        block_attention_kernel, grid,
         q, k, v, out, lse, counts, indices,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *counts.stride()[:2], *indices.stride()[:3],
@@ -115,7 +117,8 @@ def window_sparse_forward(
     tiles = window_tiles(head_dim, value_dim, device.arch, q_len)
     scale_log2, q_factor = signed_scale(scale)
     row_tiles = -(-q_len // tiles.queries)
-    range_attention_kernel[(batch * heads * row_tiles,)](
+    launch(
+        range_attention_kernel, (batch * heads * row_tiles,),
         q, k, v, out, lse, lse if head_windows is None else head_windows,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         q_len, k_len, batch * heads, heads, heads // k.shape[2],
@@ -157,17 +160,20 @@ def stripe_sparse_forward(
     scale_log2, q_factor = signed_scale(scale)
     row_tiles = -(-q_len // tile.queries)
     chunks = max(1, -(-max(n_vertical, n_slash) // SCATTER_BLOCK))
-    scatter_stripes_kernel[(sets, chunks)](
+    launch(
+        scatter_stripes_kernel, (sets, chunks),
         members, vertical, vertical_counts, slash, slash_counts,
         *vertical.stride()[:2], vertical_counts.stride(0),
         *slash.stride()[:2], slash_counts.stride(0),
         sets_a_batch, k_len, n_vertical, n_slash, BLOCK=SCATTER_BLOCK, num_warps=4,
     )  # fmt: skip
-    stripe_index_kernel[(sets,)](
+    launch(
+        stripe_index_kernel, (sets,),
         members, lists, k_len, groups, n_vertical, s_list,
         TILE=tile.queries, CHUNK=INDEX_ELEMENTS // tile.queries, num_warps=8,
     )  # fmt: skip
-    stripe_attention_kernel[(batch * heads * row_tiles,)](
+    launch(
+        stripe_attention_kernel, (batch * heads * row_tiles,),
         q, k, v, out, lse, members, lists,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         q_len, k_len, batch * heads, heads, heads // k.shape[2], heads // sets_a_batch,

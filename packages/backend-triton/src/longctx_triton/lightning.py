@@ -7,6 +7,7 @@ Forward and backward are the same scan: with ``(q, k, v)`` replaced by ``(dout, 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from longctx_triton.kernels.lightning_decode import lightning_decode_kernel
 from longctx_triton.kernels.lightning_scan import lightning_scan_kernel, lightning_state_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.lightning_segments import cut_sequence
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["lightning_backward", "lightning_decode_forward", "lightning_forward"]
@@ -86,21 +87,13 @@ def lightning_decode_forward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor, *, scale: float
 ) -> Tensor:
     """See `longctx.protocols.attention.LightningAttention.lightning_decode_forward`."""
-    batch, _, heads, head_dim = q.shape
-    value_dim = v.shape[3]
-    out = torch.empty(batch, 1, heads, value_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    block_k = triton.next_power_of_2(head_dim)
-    block_v = min(DECODE_BLOCK_V, triton.next_power_of_2(value_dim))
-    launch(
-        lightning_decode_kernel, (triton.cdiv(value_dim, block_v), heads, batch),
-        q, k, v, state, log_decay, out, scale, heads,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-        *state.stride(),
-        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_K=block_k, BLOCK_V=block_v,
-        num_warps=4,
-    )  # fmt: skip
+    plan = _decode_plan(
+        q.shape, q.stride(), k.stride(), v.shape, v.stride(), state.stride(), scale
+    )
+    plan(lightning_decode_kernel, q, k, v, state, log_decay, out)
     return out
 
 
@@ -127,22 +120,62 @@ def _scan(
     Only a state that is handed out is worth the second product that makes up for rounding decayed
     values: inside, the next product rounds it as coarsely.
     """
-    batch, length, heads, head_dim = q.shape
-    value_dim = v.shape[3]
-    out = torch.empty(batch, length, heads, value_dim, dtype=q.dtype, device=q.device)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences * heads * value_dim == 0:
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    plan = _scan_plan(
+        q.shape, q.stride(), k.stride(), v.shape, v.stride(),
+        (0, 0, 0, 0) if initial is None else initial.stride(), sequences, final is not None,
+        scale, reverse, device_of(q.device),
+    )  # fmt: skip
+    if plan is None:
         return out
-    device = device_of(q.device)
-    packed = cu_seqlens is not None
+    local = None
+    if plan.state is not None:
+        local = torch.empty(plan.local, dtype=torch.float32, device=q.device)
+        plan.state(lightning_state_kernel, k, v, log_decay, cu_seqlens, local)
+    plan.scan(lightning_scan_kernel, q, k, v, log_decay, cu_seqlens, initial, local, out, final)
+    return out
+
+
+class _ScanPlan(NamedTuple):
+    """Launches of one scan: of segments' states, with the shape of their memory, and of the scan.
+
+    ``state`` is None where sequences are not cut.
+    """
+
+    state: Prepared | None
+    local: tuple[int, ...]
+    scan: Prepared
+
+
+@lru_cache(maxsize=512)
+def _scan_plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    initial_strides: tuple[int, ...],
+    packed_sequences: int | None,
+    exact: bool,
+    scale: float,
+    reverse: bool,
+    device: Device,
+) -> _ScanPlan | None:
+    """Return what one scan launches, None where there is nothing to scan."""
+    batch, length, heads, head_dim = q_shape
+    value_dim = v_shape[3]
+    packed = packed_sequences is not None
+    sequences = batch if packed_sequences is None else packed_sequences
+    if sequences * heads * value_dim == 0:
+        return None
     tiles = _tiles(head_dim, value_dim, heads if packed else heads * batch, device)
     programs = sequences * heads * triton.cdiv(value_dim, tiles.block_v)
     segments, least_tokens = cut_sequence(
         sequences, packed, programs // sequences, length, device.processors
     )
-    least_chunks = triton.cdiv(least_tokens, tiles.block_t)
-    counts = (length, heads, segments, least_chunks)
-    strides = (*k.stride()[:3], *v.stride()[:3])
+    counts = (length, heads, segments, triton.cdiv(least_tokens, tiles.block_t))
+    strides = (*k_strides[:3], *v_strides[:3])
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -150,23 +183,44 @@ def _scan(
         "BLOCK_V": tiles.block_v,
         "BLOCK_T": tiles.block_t,
         "REVERSE": reverse,
-        "EXACT": final is not None,
+        "EXACT": exact,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    local = None
-    if segments > 1:
-        shape = (sequences, heads, segments, head_dim, value_dim)
-        local = torch.empty(shape, dtype=torch.float32, device=q.device)
-        lightning_state_kernel[(programs * segments,)](
-            k, v, log_decay, cu_seqlens, local, scale, *counts, *strides, **options
-        )
-    lightning_scan_kernel[(programs * segments,)](
-        q, k, v, log_decay, cu_seqlens, initial, local, out, final, scale, *counts,
-        *q.stride()[:3], *strides,
-        *((0, 0, 0, 0) if initial is None else initial.stride()), out.stride(0), **options,
+    grid = (programs * segments,)
+    out_stride = length * heads * value_dim
+    state = Prepared(grid, (scale, *counts, *strides), options) if segments > 1 else None
+    scan = Prepared(
+        grid,
+        (scale, *counts, *q_strides[:3], *strides, *initial_strides, out_stride),
+        options,
+    )
+    return _ScanPlan(state, (sequences, heads, segments, head_dim, value_dim), scan)
+
+
+@lru_cache(maxsize=512)
+def _decode_plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    state_strides: tuple[int, ...],
+    scale: float,
+) -> Prepared:
+    batch, _, heads, head_dim = q_shape
+    value_dim = v_shape[3]
+    block_v = min(DECODE_BLOCK_V, triton.next_power_of_2(value_dim))
+    # the strides of batch and heads: there is one token
+    strides = (s for t in (q_strides, k_strides, v_strides) for s in (t[0], t[2]))
+    return Prepared(
+        (triton.cdiv(value_dim, block_v), heads, batch),
+        (scale, heads, *strides, *state_strides),
+        {
+            "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
+            "BLOCK_K": triton.next_power_of_2(head_dim), "BLOCK_V": block_v, "num_warps": 4,
+        },
     )  # fmt: skip
-    return out
 
 
 @tuned("lightning", apart=("runs",))

@@ -13,12 +13,10 @@ from longctx_triton.kernels.star_query import star_query_kernel
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
-from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, star_tiles
+from longctx_triton.launch.sparse_tiles import signed_scale, star_tiles
+from longctx_triton.launch.star_query import StarQueryPlan, star_query_plan
 
 __all__ = ["star_context_forward", "star_query_forward"]
-
-LEAST_TILES = 4
-"""Key tiles that are worth a part of their own."""
 
 
 def star_context_forward(
@@ -49,7 +47,8 @@ def star_context_forward(
     origin = (k_len - q_len) // block_size * block_size
     tiles_a_block = -(-block_size // tiles.queries)
     row_tiles = -(-(k_len - origin) // block_size) * tiles_a_block
-    range_attention_kernel[(batch * heads * row_tiles,)](
+    launch(
+        range_attention_kernel, (batch * heads * row_tiles,),
         q, k, v, out, lse, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         q_len, k_len, batch * heads, heads, heads // k.shape[2],
@@ -77,86 +76,49 @@ def star_query_forward(
     else a shard is cut into parts, and all parts are merged at the end.
     """
     batch, q_len, heads, _ = q.shape
-    kv_heads, value_dim = shard_keys[0].shape[2], shard_values[0].shape[3]
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    value_dim = shard_values[0].shape[3]
+    out = torch.empty((batch, q_len, heads, value_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    device = device_of(q.device)
-    rows = q_len * (heads // kv_heads)
-    tiles = attention_tiles(q.shape[3], value_dim, device.arch, rows)
-    units = batch * kv_heads * -(-rows // tiles.queries)
-    most_parts = -(-2 * device.processors // units)
-    shards = [n for n, keys in enumerate(shard_keys) if keys.shape[1]]
-    if units >= device.processors or (len(shards) == 1 and most_parts == 1):
-        _chain(q, shard_keys, shard_values, shards, query_shard, scale, out, lse)
+    plan = star_query_plan(
+        q.shape, q.stride(), tuple([k.shape for k in shard_keys]),
+        tuple([k.stride() for k in shard_keys]), tuple([v.stride() for v in shard_values]),
+        value_dim, query_shard, scale, device_of(q.device),
+    )  # fmt: skip
+    if not plan.shards:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if plan.parts == 0:
+        _chain(plan, q, shard_keys, shard_values, out, lse)
         return out, lse
-    parts, spans = [], []
-    for n in shards:
-        key_tiles = -(-shard_keys[n].shape[1] // tiles.keys)
-        wanted = max(1, min(most_parts, key_tiles // LEAST_TILES))
-        span = -(-key_tiles // wanted) * tiles.keys
-        spans.append(span)
-        parts.append(-(-shard_keys[n].shape[1] // span))
-    total = sum(parts)
-    part_out = torch.empty(total, *out.shape, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(total, *lse.shape, dtype=torch.float32, device=q.device)
-    done = 0
-    for n, n_parts, span in zip(shards, parts, spans, strict=True):
-        _attend_shard(
-            q, shard_keys[n], shard_values[n], None, (part_out[done:], part_lse[done:]),
-            n_parts, span, n == query_shard, scale,
+    memory = torch.empty(sum(plan.memory), dtype=torch.float32, device=q.device)
+    pieces = memory.split_with_sizes(plan.memory)
+    part_outs, part_lses = pieces[: len(plan.shards)], pieces[len(plan.shards) :]
+    for shard, part_out, part_lse in zip(plan.shards, part_outs, part_lses, strict=True):
+        shard.attend(
+            star_query_kernel, q, shard_keys[shard.number], shard_values[shard.number],
+            part_out, part_lse, part_out, part_lse,
         )  # fmt: skip
-        done += n_parts
-    merge_parts(part_out, part_lse, None, out, lse)
+    merge_parts(plan.parts, part_outs[0], part_lses[0], None, out, lse)
     return out, lse
 
 
 def _chain(
+    plan: StarQueryPlan,
     q: Tensor,
     shard_keys: Sequence[Tensor],
     shard_values: Sequence[Tensor],
-    shards: list[int],
-    query_shard: int,
-    scale: float,
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    wide = torch.empty_like(out, dtype=torch.float32) if len(shards) > 1 else out
-    past = None
-    for n in shards:
-        target = out if n == shards[-1] else wide
-        _attend_shard(
-            q, shard_keys[n], shard_values[n], past, (target, lse), 1, shard_keys[n].shape[1],
-            n == query_shard, scale,
+    """Attend one shard after the other, each from the result of the one before."""
+    wide = out
+    if len(plan.shards) > 1:
+        wide = torch.empty(out.shape, dtype=torch.float32, device=q.device)
+    for shard in plan.shards:
+        target = out if shard is plan.shards[-1] else wide
+        past = target if shard is plan.shards[0] else wide
+        shard.attend(
+            star_query_kernel, q, shard_keys[shard.number], shard_values[shard.number],
+            past, lse, target, lse,
         )  # fmt: skip
-        past = (wide, lse)
-
-
-def _attend_shard(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past: tuple[Tensor, Tensor] | None,
-    result: tuple[Tensor, Tensor],
-    parts: int,
-    span: int,
-    causal: bool,
-    scale: float,
-) -> None:
-    """Attend one shard, in parts of ``span`` keys."""
-    batch, q_len, heads, head_dim = q.shape
-    k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    group = heads // kv_heads
-    tiles = attention_tiles(head_dim, value_dim, device_of(q.device).arch, q_len * group)
-    scale_log2, q_factor = signed_scale(scale)
-    launch(
-        star_query_kernel, (batch * kv_heads * -(-q_len * group // tiles.queries), parts),
-        q, k, v, *(result if past is None else past), *result,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        q_len, k_len, batch, batch * kv_heads, kv_heads, span, scale_log2, q_factor,
-        GROUP=group, D=head_dim, DV=value_dim,
-        BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim), SIGNED=q_factor != 1.0,
-        BM=tiles.queries, BN=tiles.keys, CAUSAL=causal, RESUME=past is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip

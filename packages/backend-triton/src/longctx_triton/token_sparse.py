@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from longctx_triton.kernels.select_mass import head_mean_kernel, keep_count_kernel
-from longctx_triton.kernels.select_rows import CHUNK, choose_rows
+from longctx_triton.kernels.select_rows import choose_rows, found_size
 from longctx_triton.kernels.token_attention import token_set_attention_kernel
 from longctx_triton.kernels.token_scores import (
     merge_statistics_kernel,
@@ -16,58 +14,31 @@ from longctx_triton.kernels.token_scores import (
     share_kernel,
     statistics_kernel,
 )
-from longctx_triton.launch.device import SMALL_SHARED, device_of
-from longctx_triton.launch.prepared import launch
-from longctx_triton.launch.sizes import padded
-from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, token_tiles
+from longctx_triton.launch.device import device_of
+from longctx_triton.launch.sizes import aligned
+from longctx_triton.launch.token_sparse import attend_plan, mass_plan, score_plan
 
 __all__ = ["select_tokens_forward", "token_scores_forward", "token_sparse_forward"]
 
 
 def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float) -> Tensor:
     """Return ``[B, Hq, Sk - W]``: mean causal softmax of the last queries, pooled over keys."""
-    batch, window, heads, head_dim = q_recent.shape
-    k_len, kv_heads = k.shape[1], k.shape[2]
-    group, prefix = heads // kv_heads, k_len - window
+    batch, window, heads, _ = q_recent.shape
     device = q_recent.device
-    shares = torch.empty(batch, heads, prefix, dtype=torch.float32, device=device)
-    if shares.numel() == 0:
-        return shares
-    gpu = device_of(device)
-    rows = attention_tiles(head_dim, head_dim, gpu.arch, window * group)
-    columns = attention_tiles(head_dim, head_dim, gpu.arch, 64)
-    units = batch * kv_heads
-    row_tiles = -(-window * group // rows.queries)
-    key_tiles = -(-k_len // rows.keys)
-    wanted = max(1, min(-(-2 * gpu.processors // (units * row_tiles)), key_tiles // 4))
-    span = -(-key_tiles // wanted) * rows.keys
-    parts = -(-k_len // span)
-    sums = torch.empty(batch, heads, parts, window, dtype=torch.float32, device=device)
-    totals = torch.empty(batch, heads, window, dtype=torch.float32, device=device)
-    scale_log2, q_factor = signed_scale(scale)
-    strides = (*q_recent.stride()[:3], *k.stride()[:3])
-    shape = {"GROUP": group, "D": head_dim, "BLOCK_D": padded(head_dim)}
-    key_block = 32 if gpu.interpreted else 64 if gpu.arch in SMALL_SHARED else 128
-    launch(
-        statistics_kernel, (units * row_tiles, parts),
-        q_recent, k, sums, *strides, window, k_len, units, kv_heads, span,
-        scale_log2, q_factor, **shape, BM=rows.queries, BN=rows.keys,
-        num_warps=rows.warps, num_stages=rows.stages,
-    )  # fmt: skip
-    launch(merge_statistics_kernel, (batch * heads,), sums, totals, window, parts, BLOCK_W=128)
-    launch(
-        share_kernel, (units * -(-prefix // key_block),),
-        q_recent, k, totals, shares, *strides, window, prefix, units, kv_heads,
-        scale_log2, q_factor, **shape, BW=min(64, padded(window)), BN=key_block,
-        num_warps=4, num_stages=columns.stages,
-    )  # fmt: skip
-    if pool == 1:
-        return shares
-    scores = torch.empty_like(shares)
-    launch(
-        pool_kernel, (batch * heads, -(-prefix // CHUNK)),
-        shares, scores, prefix, POOL=pool, BLOCK=CHUNK,
-    )  # fmt: skip
+    scores = torch.empty((batch, heads, k.shape[1] - window), dtype=torch.float32, device=device)
+    if scores.numel() == 0:
+        return scores
+    plan = score_plan(
+        q_recent.shape, q_recent.stride(), k.shape, k.stride(), pool, scale, device_of(device)
+    )
+    memory = torch.empty(sum(plan.memory), dtype=torch.float32, device=device)
+    # of the last piece there is one only where shares are pooled
+    sums, totals, *shares = memory.split_with_sizes(plan.memory)
+    plan.statistics(statistics_kernel, q_recent, k, sums)
+    plan.merge(merge_statistics_kernel, sums, totals)
+    plan.share(share_kernel, q_recent, k, totals, shares[0] if shares else scores)
+    if plan.pool is not None:
+        plan.pool(pool_kernel, shares[0], scores)
     return scores
 
 
@@ -81,22 +52,16 @@ def select_tokens_forward(
         tokens = torch.arange(capacity, dtype=torch.int32, device=device)
         counts = torch.full((batch, heads), capacity, dtype=torch.int32, device=device)
         return tokens.expand(batch, heads, capacity).contiguous(), counts
-    indices = torch.empty(batch, heads, capacity, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
-    chunks = -(-length // CHUNK)
-    means = torch.empty(batch, length, dtype=torch.float64, device=device)
-    sums = torch.empty(batch, chunks, dtype=torch.float64, device=device)
-    keep = torch.empty(batch, dtype=torch.int32, device=device)
-    launch(
-        head_mean_kernel, (chunks, batch),
-        scores, means, sums, *scores.stride()[:2], length, heads, BLOCK=CHUNK,
-    )  # fmt: skip
-    launch(
-        keep_count_kernel, (batch,),
-        means, sums, keep, length, chunks, math.ceil(drop_mass * 2**52), min_tokens,
-        BLOCK=4096, num_warps=16,
-    )  # fmt: skip
-    choose_rows(scores, keep, 0, indices, counts, recent)
+    indices = torch.empty((batch, heads, capacity), dtype=torch.int32, device=device)
+    counts = torch.empty((batch, heads), dtype=torch.int32, device=device)
+    plan = mass_plan(scores.shape, scores.stride(), drop_mass, min_tokens)
+    memory = torch.empty(sum(plan.memory), dtype=torch.float64, device=device)
+    means, sums = memory.split_with_sizes(plan.memory)
+    whole = (aligned(batch), found_size(batch, heads, length))
+    keep, found = torch.empty(sum(whole), dtype=torch.int32, device=device).split_with_sizes(whole)
+    plan.means(head_mean_kernel, scores, means, sums)
+    plan.keep(keep_count_kernel, means, sums, keep)
+    choose_rows(scores, keep, 0, indices, counts, recent, found)
     return indices, counts
 
 
@@ -104,24 +69,14 @@ def token_sparse_forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``: gather, attend and scatter in one kernel, unselected rows 0."""
-    batch, q_len, heads, head_dim = q.shape
-    value_dim = v.shape[3]
-    out = torch.zeros(batch, q_len, heads, value_dim, dtype=q.dtype, device=q.device)
+    batch, q_len, heads, _ = q.shape
+    out = torch.zeros((batch, q_len, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
     if out.numel() == 0 or indices.numel() == 0:
         return out, lse
-    tiles = token_tiles(head_dim, value_dim, device_of(q.device).arch, indices.shape[2])
-    scale_log2, q_factor = signed_scale(scale)
-    slot_tiles = -(-indices.shape[2] // tiles.queries)
-    launch(
-        token_set_attention_kernel, (batch * heads * slot_tiles,),
-        q, k, v, out, lse, indices, counts,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *indices.stride()[:2], counts.stride(0),
-        q_len, k.shape[1], batch * heads, heads, heads // k.shape[2],
-        heads // indices.shape[1], indices.shape[2], scale_log2, q_factor,
-        D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
-        SIGNED=q_factor != 1.0,
-        BM=tiles.queries, BN=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
+    plan = attend_plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), indices.shape,
+        (*indices.stride()[:2], counts.stride(0)), scale, device_of(q.device),
     )  # fmt: skip
+    plan(token_set_attention_kernel, q, k, v, out, lse, indices, counts)
     return out, lse

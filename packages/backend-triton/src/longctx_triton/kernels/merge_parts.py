@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.sizes import padded
 
 __all__ = ["merge_parts", "merge_parts_kernel"]
@@ -66,14 +68,29 @@ def merge_parts_kernel(
 
 
 def merge_parts(
-    parts_out: Tensor, parts_lse: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor
+    parts: int,
+    parts_out: Tensor,
+    parts_lse: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Merge ``[parts, B, Sq, Hq, Dv]`` and ``[parts, B, Hq, Sq]``, both fp32, into the results."""
-    batch, q_len, heads, value_dim = out.shape
-    launch(
-        merge_parts_kernel, (batch * q_len * heads,),
-        parts_out, parts_lse, lse if sinks is None else sinks, out, lse,
-        parts_out.shape[0], batch, q_len, heads,
-        DV=value_dim, BLOCK_DV=padded(value_dim), BLOCK_P=16, SINKS=sinks is not None,
-        num_warps=4,
+    """Merge ``[parts, B, Sq, Hq, Dv]`` and ``[parts, B, Hq, Sq]``, both fp32, into the results.
+
+    Of ``parts_out`` and ``parts_lse`` only where they begin counts.
+    """
+    plan = _plan(parts, out.shape, sinks is not None)
+    plan(merge_parts_kernel, parts_out, parts_lse, lse if sinks is None else sinks, out, lse)
+
+
+@lru_cache(maxsize=512)
+def _plan(parts: int, out_shape: tuple[int, ...], sinks: bool) -> Prepared:
+    batch, q_len, heads, value_dim = out_shape
+    return Prepared(
+        (batch * q_len * heads,),
+        (parts, batch, q_len, heads),
+        {
+            "DV": value_dim, "BLOCK_DV": padded(value_dim), "BLOCK_P": 16, "SINKS": sinks,
+            "num_warps": 4,
+        },
     )  # fmt: skip

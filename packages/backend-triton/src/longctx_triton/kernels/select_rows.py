@@ -6,15 +6,17 @@ row is read again at each step, from the cache. What is chosen comes out in asce
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from longctx_triton.kernels.topk_keys import NOTHING, chosen_places, middle, ordered_keys
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.prepared import Prepared
 
-__all__ = ["CHUNK", "choose_rows", "row_emit_kernel", "row_threshold_kernel"]
+__all__ = ["CHUNK", "choose_rows", "found_size", "row_emit_kernel", "row_threshold_kernel"]
 
 CHUNK = 1024
 """Entries that a program of the elementwise kernels takes."""
@@ -146,24 +148,50 @@ def choose_rows(
     indices: Tensor,
     counts: Tensor | None,
     recent: int,
+    found: Tensor | None = None,
 ) -> None:
     """Write the positions of the ``keep[b]`` or ``top_k`` best of rows ``scores [B, H, L]``.
 
     ``indices [B, H, capacity]`` get them in ascending order, then the ``recent`` positions behind
-    the row, then -1. Ties: lower position; scores of -inf and NaN are never chosen.
+    the row, then -1. Ties: lower position; scores of -inf and NaN are never chosen. ``found`` is
+    memory for `found_size` int32, allocated if not given.
     """
-    batch, heads, length = scores.shape
-    capacity, rows = indices.shape[2], batch * heads
-    chunks = -(-length // CHUNK)
-    found = torch.empty(rows, 3 + 2 * chunks, dtype=torch.int32, device=scores.device)
-    launch(
-        row_threshold_kernel, (rows,),
-        scores, found if keep is None else keep, found, *scores.stride()[:2],
-        heads, length, top_k, chunks, KEEP=keep is not None,
-        CHUNK=CHUNK, BLOCK=ROW_BLOCK, num_warps=16,
+    if found is None:
+        found = torch.empty(found_size(*scores.shape), dtype=torch.int32, device=scores.device)
+    threshold, emit = _plans(
+        scores.shape, scores.stride(), top_k, indices.shape[2], recent,
+        keep is not None, counts is not None,
     )  # fmt: skip
-    launch(
-        row_emit_kernel, (rows, -(-max(length, capacity) // CHUNK)),
-        scores, found, indices, found if counts is None else counts, *scores.stride()[:2],
-        heads, length, chunks, capacity, recent, CHUNK=CHUNK, COUNTS=counts is not None,
-    )  # fmt: skip
+    threshold(row_threshold_kernel, scores, found if keep is None else keep, found)
+    emit(row_emit_kernel, scores, found, indices, found if counts is None else counts)
+
+
+def found_size(batch: int, heads: int, length: int) -> int:
+    """Return how many int32 `choose_rows` holds between its kernels."""
+    return batch * heads * (3 + 2 * -(-length // CHUNK))
+
+
+@lru_cache(maxsize=512)
+def _plans(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    top_k: int,
+    capacity: int,
+    recent: int,
+    keep: bool,
+    counts: bool,
+) -> tuple[Prepared, Prepared]:
+    """Return the launches of both kernels for ``scores`` of a shape and strides."""
+    batch, heads, length = shape
+    rows, chunks = batch * heads, -(-length // CHUNK)
+    threshold = Prepared(
+        (rows,),
+        (*strides[:2], heads, length, top_k, chunks),
+        {"KEEP": keep, "CHUNK": CHUNK, "BLOCK": ROW_BLOCK, "num_warps": 16},
+    )
+    emit = Prepared(
+        (rows, -(-max(length, capacity) // CHUNK)),
+        (*strides[:2], heads, length, chunks, capacity, recent),
+        {"CHUNK": CHUNK, "COUNTS": counts},
+    )
+    return threshold, emit

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["SMALL_SHARED", "Device", "current_gpu", "device_of", "launched", "on_device"]
 
 _HERE = nullcontext()
+_devices: dict[torch.device, Device] = {}
 SMALL_SHARED = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
 """Architectures with about 100 KiB of shared memory a block."""
 
@@ -58,12 +59,17 @@ class Device(NamedTuple):
 
 def device_of(device: torch.device) -> Device:
     """Return the properties of a device, remembered after the first call."""
+    found = _devices.get(device)
+    if found is not None:
+        return found
     if device.type != "cuda":
         return Device((0, 0), 8, 0)
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+    found = _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is not None:
+        _devices[device] = found
+    return found
 
 
-@cache
 def _cuda_device(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
     return Device((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
@@ -83,10 +89,10 @@ def _gpu_name(index: int) -> str:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which the tensor's GPU is current, as Triton's launches need it."""
-    device = tensor.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    index = tensor.get_device()
+    if index < 0 or not tensor.is_cuda or index == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device(device.index)
+    return torch.cuda.device(index)
 
 
 def launched(primitive: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longctx.settings import budget_bytes
+from longctx_triton.kernels.index_scores import index_score_kernel
 from longctx_triton.kernels.select_rows import choose_rows
 from longctx_triton.kernels.topk_rows import topk_rows_kernel
-from longctx_triton.launch.device import device_of
-from longctx_triton.launch.index_scores import bounds_or, score_rows
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.device import Device, device_of
+from longctx_triton.launch.index_scores import (
+    Layout,
+    bounds_or,
+    layout_of,
+    score_plan,
+    unpacked,
+)
+from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.topk_tiles import TopkTiles, part_count, topk_tiles
 
 __all__ = ["index_topk_forward"]
@@ -38,42 +47,111 @@ def index_topk_forward(
     Always exact and deterministic. Scores are written for as many query rows at a time as
     ``LONGCTX_INDEX_BUDGET_MIB`` has room for (one row in any case), and only where they are seen.
     """
-    batch, q_len = q.shape[:2]
-    k_len = k.shape[1]
-    result = torch.empty(batch, q_len, top_k, dtype=torch.int32, device=q.device)
+    result = torch.empty((*q.shape[:2], top_k), dtype=torch.int32, device=q.device)
     if result.numel() == 0:
         return result
-    if k_len == 0:
-        return result.fill_(-1)
-    tiles = topk_tiles(top_k)
-    programs, rows = _within_budget(tiles, k_len, device_of(q.device).processors)
+    device = device_of(q.device)
+    unpack = unpacked(q, device.arch)
+    plan = _plan(
+        layout_of(q, k, weights, k_scale, key_start, key_end), device, top_k, topk_tiles(top_k),
+        causal, unpack, budget_bytes("LONGCTX_INDEX_BUDGET_MIB"), q.is_cuda,
+    )  # fmt: skip
+    if unpack:
+        q, k = q.view(torch.uint8), k.view(torch.uint8)
+    scores = torch.empty(plan.scores, dtype=torch.float32, device=q.device)
+    kept = torch.empty(plan.kept, dtype=torch.int32, device=q.device)
+    bounds = bounds_or(scores, key_start, key_end)[1:]
+    chosen_bounds = bounds_or(result, key_start, key_end)[1:]
+    factors = weights if k_scale is None else k_scale
+    for piece in plan.pieces:
+        if piece.score is None:
+            piece.of(result).fill_(-1)
+            continue
+        piece.score(index_score_kernel, q, k, weights, factors, *bounds, scores)
+        if piece.choose is None:
+            seen = scores[: math.prod(piece.shape)].view(piece.shape)[..., : piece.width]
+            choose_rows(seen, None, top_k, piece.of(result), None, 0)
+            continue
+        counts = kept
+        if piece.counts:
+            counts = torch.zeros(piece.counts, dtype=torch.int32, device=q.device)
+        piece.choose(topk_rows_kernel, scores, *chosen_bounds, kept, counts, result)
+    return result
+
+
+class _Piece(NamedTuple):
+    """Rows that are scored and chosen of at a time.
+
+    ``score`` is None where no key is seen, ``choose`` where a row's entries do not fit a program.
+    ``counts`` are the numbers, zeros first, by which the parts of a row find each other.
+    """
+
+    batches: tuple[int, int]
+    rows: tuple[int, int]
+    width: int
+    score: Prepared | None
+    choose: Prepared | None
+    counts: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the scores, with what lies between rows."""
+        (b0, b1), (t0, t1) = self.batches, self.rows
+        return b1 - b0, t1 - t0, _stride(self.width)
+
+    def of(self, result: Tensor) -> Tensor:
+        """Return these rows of ``result``."""
+        return result[slice(*self.batches), slice(*self.rows)]
+
+
+class _Plan(NamedTuple):
+    """Pieces in turn, and the numbers of scores and of kept entries that they hold at a time."""
+
+    pieces: tuple[_Piece, ...]
+    scores: int
+    kept: int
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    layout: Layout,
+    device: Device,
+    top_k: int,
+    tiles: TopkTiles | None,
+    causal: bool,
+    unpack: bool,
+    budget: int,
+    on_gpu: bool,
+) -> _Plan:
+    """Cut the rows into pieces that fit the budget; there are rows and entries to choose."""
+    batch, q_len = layout.q_shape[:2]
+    k_len = layout.k_shape[1]
+    programs, rows = _within_budget(tiles, k_len, device.processors, budget)
     rows, batches = min(rows, q_len), max(1, min(rows // q_len, batch, MOST_BATCHES))
-    scores = torch.empty(batches * rows * _stride(k_len), dtype=torch.float32, device=q.device)
     shift = k_len - q_len
+    pieces = []
+    kept = 0
     for b0 in range(0, batch, batches):
         b1 = min(b0 + batches, batch)
         for t0 in range(0, q_len, rows):
             t1 = min(t0 + rows, q_len)
-            width = min(k_len, t1 + shift) if causal else k_len
-            if width <= 0:
-                result[b0:b1, t0:t1] = -1
-                continue
-            score_rows(
-                q, k, weights, k_scale, key_start, key_end, scores, causal=causal,
-                batches=(b0, b1), rows=(t0, t1), width=width, stride=_stride(width),
-                fill=tiles is None,
-            )  # fmt: skip
-            if tiles is not None:
-                _choose(
-                    tiles, programs, scores, result, key_start, key_end,
-                    batches=(b0, b1), rows=(t0, t1), shift=shift if causal else k_len,
-                    width=width, k_len=k_len,
+            width = max(0, min(k_len, t1 + shift) if causal else k_len)
+            piece = _Piece((b0, b1), (t0, t1), width, None, None, 0)
+            if width:
+                piece = piece._replace(
+                    score=score_plan(
+                        layout, device, causal=causal, unpack=unpack, batches=(b0, b1),
+                        rows=(t0, t1), width=width, stride=_stride(width), fill=tiles is None,
+                    )
                 )  # fmt: skip
-            else:
-                shape = (b1 - b0, t1 - t0, _stride(width))
-                seen = scores[: math.prod(shape)].view(shape)[..., :width]
-                choose_rows(seen, None, top_k, result[b0:b1, t0:t1], None, 0)
-    return result
+                if tiles is not None:
+                    piece, size = _choosing(
+                        piece, tiles, layout, device, top_k, programs,
+                        shift if causal else k_len, on_gpu,
+                    )  # fmt: skip
+                    kept = max(kept, size)
+            pieces.append(piece)
+    return _Plan(tuple(pieces), batches * rows * _stride(k_len), kept)
 
 
 def _stride(width: int) -> int:
@@ -81,10 +159,11 @@ def _stride(width: int) -> int:
     return -(-width // 16) * 16
 
 
-def _within_budget(tiles: TopkTiles | None, k_len: int, multiprocessors: int) -> tuple[int, int]:
+def _within_budget(
+    tiles: TopkTiles | None, k_len: int, multiprocessors: int, budget: int
+) -> tuple[int, int]:
     """Return how many programs choose at a time, and how many rows of scores fit beside them."""
-    budget = budget_bytes("LONGCTX_INDEX_BUDGET_MIB")
-    row_bytes = 4 * _stride(k_len)
+    row_bytes = 4 * max(1, _stride(k_len))
     if tiles is None:
         return 0, max(1, budget // (row_bytes + k_len // 64 + 64))
     fitting = budget // 8 // tiles.kept_bytes
@@ -94,44 +173,38 @@ def _within_budget(tiles: TopkTiles | None, k_len: int, multiprocessors: int) ->
     return programs, rows - rows % programs if rows > programs else rows
 
 
-def _choose(
+def _choosing(
+    piece: _Piece,
     tiles: TopkTiles,
+    layout: Layout,
+    device: Device,
+    top_k: int,
     programs: int,
-    scores: Tensor,
-    result: Tensor,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    *,
-    batches: tuple[int, int],
-    rows: tuple[int, int],
     shift: int,
-    width: int,
-    k_len: int,
-) -> None:
-    """Choose of rows of scores, few rows in parts; query ``t`` sees keys before t + shift + 1."""
-    q_len, top_k = result.shape[1:]
-    rows_a_batch = rows[1] - rows[0]
-    n_rows = (batches[1] - batches[0]) * rows_a_batch
+    on_gpu: bool,
+) -> tuple[_Piece, int]:
+    """Return a piece that also chooses, few rows in parts, and how many numbers that keeps."""
+    batches, rows_a_batch, stride = piece.shape
+    n_rows = batches * rows_a_batch
     # two programs a multiprocessor keep it busy, and more of them are more to merge
-    parts = part_count(
-        n_rows, width, tiles.part_block, min(programs, 2 * device_of(scores.device).processors)
-    )
+    parts = part_count(n_rows, piece.width, tiles.part_block, min(programs, 2 * device.processors))
     programs = min(programs, n_rows)
-    size = programs * parts * tiles.kept_bytes // 4
-    kept = torch.empty(size, dtype=torch.int32, device=scores.device)
-    counts = kept
-    if parts > 1:
-        counts = torch.zeros(n_rows * (1 + parts), dtype=torch.int32, device=scores.device)
-    ranged, start, end = bounds_or(result, key_start, key_end)
     # the interpreter has no such option; parts are few programs, and each has more to hold
     registers = tiles.registers if parts == 1 else 1024 // tiles.warps
-    most = {"maxnreg": registers} if scores.is_cuda else {}
-    launch(
-        topk_rows_kernel, (parts, programs),
-        scores, start, end, kept, counts, result, start.stride(0), end.stride(0),
-        batches[0], rows[0], rows_a_batch, n_rows, q_len, shift, k_len, _stride(width), top_k,
-        tiles.target(top_k),
-        CAPACITY=tiles.capacity, SAMPLE=tiles.sample,
-        BLOCK=tiles.block if parts == 1 else tiles.part_block, PARTS=parts, RANGE=ranged,
-        num_warps=tiles.warps, **most,
+    choose = Prepared(
+        (parts, programs),
+        (
+            *(layout.bound_strides or (0, 0)), piece.batches[0], piece.rows[0], rows_a_batch,
+            n_rows, layout.q_shape[1], shift, layout.k_shape[1], stride, top_k,
+            tiles.target(top_k),
+        ),
+        {
+            "CAPACITY": tiles.capacity, "SAMPLE": tiles.sample,
+            "BLOCK": tiles.block if parts == 1 else tiles.part_block, "PARTS": parts,
+            "RANGE": layout.bound_strides is not None, "num_warps": tiles.warps,
+            **({"maxnreg": registers} if on_gpu else {}),
+        },
     )  # fmt: skip
+    counts = n_rows * (1 + parts) if parts > 1 else 0
+    size = programs * parts * tiles.kept_bytes // 4
+    return piece._replace(choose=choose, counts=counts), size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from longctx_triton.kernels.merge_parts import merge_parts
 from longctx_triton.kernels.mla_hopper import HALF, HEADS, REST, latent_hopper_kernel
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.prepared import Prepared
 
 __all__ = ["LEAST_HEADS", "LatentTiles", "latent_forward", "latent_takes", "latent_tiles"]
 
@@ -93,8 +94,35 @@ def latent_forward(
     processors : int
         Programs to start, one a multiprocessor.
     """
-    batch, q_len, heads, _ = q.shape
-    slots = indices.shape[3]
+    parts, attend, memory = _plan(
+        q.shape, q.stride(), k.shape, k.stride(), indices.shape, indices.stride(), scale,
+        sinks is not None, processors,
+    )  # fmt: skip
+    inputs = (q, k, indices, lse if sinks is None else sinks)
+    if parts == 1:
+        attend(latent_hopper_kernel, *inputs, out, lse)
+        return
+    numbers = torch.empty(sum(memory), dtype=torch.float32, device=q.device)
+    part_out, part_lse = numbers.split_with_sizes(memory)
+    attend(latent_hopper_kernel, *inputs, part_out, part_lse)
+    merge_parts(parts, part_out, part_lse, sinks, out, lse)
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    indices_shape: tuple[int, ...],
+    indices_strides: tuple[int, ...],
+    scale: float,
+    sinks: bool,
+    processors: int,
+) -> tuple[int, Prepared, tuple[int, int]]:
+    """Return the number of parts, the launch, and how many numbers the parts' results take."""
+    batch, q_len, heads, _ = q_shape
+    slots = indices_shape[3]
     tiles = latent_tiles()
     head_tiles = -(-heads // HEADS)
     tokens = batch * q_len
@@ -102,20 +130,18 @@ def latent_forward(
     wanted = max(1, min(processors // (tokens * head_tiles), blocks // 2))
     span = -(-blocks // wanted) * BLOCK
     parts = max(1, -(-slots // span))
-    part_out, part_lse = out, lse
-    if parts > 1:
-        part_out = torch.empty(parts, *out.shape, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
     total = parts * tokens * head_tiles
-    launch(
-        latent_hopper_kernel, (min(total, processors),),
-        q, k, indices, lse if sinks is None else sinks, part_out, part_lse,
-        *q.stride()[:3], *k.stride()[:2], *indices.stride()[:2],
-        total, tokens, q_len, k.shape[1], heads, head_tiles, slots, span, scale * _LOG2_E,
-        BLOCK=BLOCK, STAGES=tiles.stages, LOOK=512,
-        HAS_SINKS=sinks is not None and parts == 1,
-        VALUE_REGISTERS=tiles.value_registers, GATHER_REGISTERS=tiles.gather_registers,
-        num_warps=4,
+    attend = Prepared(
+        (min(total, processors),),
+        (
+            *q_strides[:3], *k_strides[:2], *indices_strides[:2],
+            total, tokens, q_len, k_shape[1], heads, head_tiles, slots, span, scale * _LOG2_E,
+        ),
+        {
+            "BLOCK": BLOCK, "STAGES": tiles.stages, "LOOK": 512,
+            "HAS_SINKS": sinks and parts == 1,
+            "VALUE_REGISTERS": tiles.value_registers, "GATHER_REGISTERS": tiles.gather_registers,
+            "num_warps": 4,
+        },
     )  # fmt: skip
-    if parts > 1:
-        merge_parts(part_out, part_lse, sinks, out, lse)
+    return parts, attend, (parts * tokens * heads * 2 * HALF, parts * tokens * heads)

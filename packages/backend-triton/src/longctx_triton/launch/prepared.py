@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from longctx_triton.launch.direct import Run, direct_run, raw_stream, watched
+from longctx_triton.launch.direct import (
+    Encode,
+    Run,
+    direct_run,
+    encoder,
+    raw_stream,
+    watched,
+)
 
 __all__ = ["Block", "Prepared", "launch"]
 
@@ -20,8 +27,21 @@ ALIGNMENT = 16
 """Triton compiles for pointers and for integers that are multiples of it, or for any."""
 _INT32 = range(-(2**31), 2**31)
 
-_known: dict[tuple[object, ...], Run] = {}
+
+class _Compiled(NamedTuple):
+    """How a compiled kernel is started, and how its descriptors are encoded, if they are."""
+
+    run: Run
+    encode: Encode | None
+
+
+_known: dict[tuple[object, ...], _Compiled] = {}
 """Compiled kernels by what decided them."""
+_repeated: dict[tuple[object, ...], Run] = {}
+"""The same by the very numbers of earlier calls, which takes no look at each of them."""
+MOST_REPEATED = 4096
+MOST_ENCODED = 1024
+"""Addresses at which a launch keeps a descriptor."""
 
 
 class Block(NamedTuple):
@@ -72,12 +92,12 @@ class Prepared:
         self.numbers = numbers
         self.constants = constants
         self.blocks = blocks
-        self._runs: dict[tuple[object, ...], Run] = {}
+        self._runs: dict[tuple[object, ...], _Started] = {}
         self._templates: tuple[Any, ...] = ()
 
     def __call__(self, kernel: Any, *tensors: Tensor | None) -> None:
         """Launch ``kernel``, always the same, on the GPU that is current; the first is on it."""
-        device = tensors[0].device.index  # type: ignore[union-attr]
+        device = tensors[0].get_device()  # type: ignore[union-attr]
         low = 0
         pointers: list[Any] = []
         dtypes: list[object] = [device]
@@ -94,15 +114,14 @@ class Prepared:
             self._ordinary(kernel, tensors)
             return
         found = tuple(dtypes)
-        run = self._runs.get(found)
-        if run is None:
-            run = self._find(kernel, found, tensors)
-            if run is None:
+        started = self._runs.get(found)
+        if started is None:
+            started = self._find(kernel, found, tensors)
+            if started is None:
                 return
         if self._templates:
-            described = map(_copied, self._templates, tensors)
-            pointers[: len(self._templates)] = described
-        run(*self.grid, raw_stream(device), *pointers, *self.numbers)
+            pointers[: len(self._templates)] = started.described(self._templates, tensors)
+        started.run(*self.grid, raw_stream(device), *pointers, *self.numbers)
 
     def _ordinary(self, kernel: Any, tensors: tuple[Tensor | None, ...]) -> Any:
         arguments = (*self._described(tensors), *tensors[len(self.blocks) :], *self.numbers)
@@ -117,20 +136,60 @@ class Prepared:
 
     def _find(
         self, kernel: Any, dtypes: tuple[object, ...], tensors: tuple[Tensor | None, ...]
-    ) -> Run | None:
+    ) -> _Started | None:
         """Return what was compiled for other shapes; else launch, and keep what that compiled."""
         blocks = [(block.block_shape, block.describe) for block in self.blocks]
         kinds = map(_kind, self.numbers)
         key = (id(kernel), *dtypes, *blocks, *kinds, *self.constants, *self.constants.values())
-        run = _known.get(key)
-        launched = run is None
-        if run is None:
-            compiled = self._ordinary(kernel, tensors)
-            run = direct_run(kernel, compiled, len(tensors) + len(self.numbers))
-        if run is not None:
-            self._templates = tuple(_copied(d, None) for d in self._described(tensors))
-            _known[key] = self._runs[dtypes] = run
-        return None if launched else run
+        known = _known.get(key)
+        launched = known is None
+        if known is None:
+            known = _compiled(
+                kernel, self._ordinary(kernel, tensors), len(tensors) + len(self.numbers)
+            )
+        if known is None:
+            return None
+        self._templates = tuple(_copied(d, None) for d in self._described(tensors))
+        _known[key] = known
+        self._runs[dtypes] = _Started(known, len(self.blocks))
+        return None if launched else self._runs[dtypes]
+
+
+class _Started:
+    """A compiled kernel for tensors of some dtypes, and the descriptors that it was given."""
+
+    __slots__ = ("_encode", "_encoded", "run")
+
+    def __init__(self, compiled: _Compiled, blocks: int) -> None:
+        self.run, self._encode = compiled
+        self._encoded: list[dict[int, tuple[object, ...]]] = [{} for _ in range(blocks)]
+
+    def described(
+        self, templates: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
+    ) -> list[object]:
+        """Return what stands for the descriptors of the first tensors."""
+        found: list[object] = []
+        for position, template in enumerate(templates):
+            tensor = tensors[position]
+            if self._encode is None:
+                found.append(_copied(template, tensor))
+                continue
+            pointer = tensor.data_ptr()  # type: ignore[union-attr]
+            encoded = self._encoded[position]
+            parameters = encoded.get(pointer)
+            if parameters is None:
+                if len(encoded) >= MOST_ENCODED:
+                    encoded.clear()
+                parameters = self._encode(position, _copied(template, tensor))
+                encoded[pointer] = parameters
+            found += parameters
+        return found
+
+
+def _compiled(kernel: Any, compiled: object, count: int) -> _Compiled | None:
+    """Return how to start what an ordinary launch compiled, if that is known."""
+    run = direct_run(kernel, compiled, count)
+    return None if run is None else _Compiled(run, encoder(compiled))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -147,32 +206,53 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     **constants
         ``tl.constexpr`` parameters, which come last, and options.
     """
-    device = args[0].device.index
+    device = args[0].get_device()
+    low = 0
     values: list[Any] = []
-    key: list[object] = [id(kernel), device]
+    exact: list[object] = [id(kernel), device]
     for value in args:
         if isinstance(value, Tensor):
             pointer = value.data_ptr()
-            if pointer % ALIGNMENT:
-                kernel[grid](*args, **constants)
-                return
+            low |= pointer
             values.append(pointer)
-            key.append(value.dtype)
+            exact.append(value.dtype)
         else:
             values.append(value)
-            key.append(_kind(value))
-    if watched():
+            # equal numbers of different types are compiled apart
+            exact.append(value if type(value) is int else (type(value), value))
+    if low % ALIGNMENT or watched():
         kernel[grid](*args, **constants)
         return
-    decided = (*key, *constants, *constants.values())
-    run = _known.get(decided)
+    key = (*exact, *constants, *constants.values())
+    run = _repeated.get(key)
     if run is None:
-        compiled = kernel[grid](*args, **constants)
-        run = direct_run(kernel, compiled, len(args))
-        if run is not None:
-            _known[decided] = run
-        return
+        run = _launch_new(kernel, grid, args, constants, key)
+        if run is None:
+            return
     run(*(*grid, 1, 1)[:3], raw_stream(device), *values)
+
+
+def _launch_new(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    exact: tuple[object, ...],
+) -> Run | None:
+    """Return what was compiled for other numbers; else launch, and keep what that compiled."""
+    kinds = [value.dtype if isinstance(value, Tensor) else _kind(value) for value in args]
+    key = (id(kernel), args[0].get_device(), *kinds, *constants, *constants.values())
+    known = _known.get(key)
+    launched = known is None
+    if known is None:
+        known = _compiled(kernel, kernel[grid](*args, **constants), len(args))
+    if known is None:
+        return None
+    if len(_repeated) >= MOST_REPEATED:
+        _repeated.clear()
+    _known[key] = known
+    _repeated[exact] = known.run
+    return None if launched else known.run
 
 
 def _kind(value: object) -> object:

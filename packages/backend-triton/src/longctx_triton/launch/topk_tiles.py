@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 from longctx_triton.launch.sizes import padded
@@ -50,6 +51,7 @@ class TopkTiles(NamedTuple):
         return math.isqrt(top_k * self.capacity // 2)
 
 
+@cache
 def topk_tiles(top_k: int) -> TopkTiles | None:
     """Return the tiles for a number of entries to choose, None where they would not fit."""
     if top_k > MOST_TOP_K:

@@ -17,7 +17,7 @@ from longctx.ops._checks import (
     values_readable,
 )
 
-__all__ = ["MAX_QUERIES", "check_lengths", "check_options", "check_parts", "check_tensors"]
+__all__ = ["MAX_QUERIES", "check_decode", "check_parts"]
 
 FP8 = torch.float8_e4m3fn
 MAX_QUERIES = 16
@@ -37,7 +37,25 @@ def check_parts(outs: Tensor, lses: Tensor) -> None:
     check_same("(parts, batch, q_heads, q_len)", "outs", expected, "lses", tuple(lses.shape))
 
 
-def check_tensors(
+def check_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    scale: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Check everything that a decode call has but its window."""
+    _check_tensors(q, k, v, cache_seqlens, page_table)
+    _check_options(q, k, softcap, sinks, scale, k_scale, v_scale)
+    _check_lengths(q, k, cache_seqlens, page_table)
+
+
+def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, page_table: Tensor | None
 ) -> None:
     """Check axes, dtypes, devices and heads of everything that a decode call must have."""
@@ -81,7 +99,7 @@ def check_tensors(
         )
 
 
-def check_options(
+def _check_options(
     q: Tensor,
     k: Tensor,
     softcap: float,
@@ -107,7 +125,7 @@ def check_options(
         check_same("shape", name, tuple(factors.shape), "(batch, kv_heads)", expected)
 
 
-def check_lengths(q: Tensor, k: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
+def _check_lengths(q: Tensor, k: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
     """Read lengths and page numbers: every sequence holds the queries and fits the cache."""
     if not values_readable(cache_seqlens) or cache_seqlens.numel() == 0:
         return

@@ -53,15 +53,14 @@ def check_index_inputs(
     k_scale: Tensor | None,
     key_start: Tensor | None,
     key_end: Tensor | None,
-    *,
-    names: tuple[str, str],
+    q_name: str,
+    k_name: str,
     double: bool,
 ) -> None:
     """Check ``q [B, Sq, Hi, Di]``, ``k [B, Sk, Di]``, ``weights [B, Sq, Hi]`` against each other.
 
-    ``names`` are those of q and k in the caller's signature; ``double`` admits fp64.
+    The names are those of q and k in the caller's signature; ``double`` admits fp64.
     """
-    q_name, k_name = names
     check_axes(q_name, q, "batch, q_len, index_heads, index_dim")
     check_axes(k_name, k, "batch, k_len, index_dim")
     check_axes("weights", weights, "batch, q_len, index_heads")

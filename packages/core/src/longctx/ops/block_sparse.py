@@ -15,6 +15,7 @@ from longctx.ops._checks import (
     values_readable,
 )
 from longctx.ops._library import call, define, needs_gradient
+from longctx.ops._once import check_once
 from longctx.plans import BlockPlan, StripePlan, WindowPlan
 from longctx.protocols.attention import AttentionOutput
 
@@ -112,7 +113,7 @@ def block_sparse_attention_with_lse(
             "longctx.lowering for conversions"
         )
     if not torch.compiler.is_compiling():
-        _check(q, k, v, plan, causal, scale)
+        check_once(_check, q, k, v, plan, causal, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     gradient = needs_gradient(q, k, v)
     chosen = choose(

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from longctx.dispatch import BoundBackend, choose, primitive
 from longctx.ops._checks import check_device, check_window
-from longctx.ops._decode_checks import (
-    check_lengths,
-    check_options,
-    check_parts,
-    check_tensors,
-)
+from longctx.ops._decode_checks import check_decode, check_parts
 from longctx.ops._library import call, define, needs_gradient
+from longctx.ops._once import check_once
 from longctx.protocols.attention import AttentionOutput
 
 __all__ = ["decode_attention", "decode_attention_with_lse", "merge_attention"]
@@ -147,9 +143,10 @@ def decode_attention_with_lse(
             f"window right must be None or 0 in decode, where nothing comes later, got {right}"
         )
     if not torch.compiler.is_compiling():
-        check_tensors(q, k_cache, v_cache, cache_seqlens, page_table)
-        check_options(q, k_cache, softcap, sinks, scale, k_scale, v_scale)
-        check_lengths(q, k_cache, cache_seqlens, page_table)
+        check_once(
+            check_decode, q, k_cache, v_cache, cache_seqlens, page_table,
+            softcap, sinks, scale, k_scale, v_scale,
+        )  # fmt: skip
     _, q_len, q_heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     features: tuple[str, ...] = () if page_table is None else ("paged",)
@@ -226,7 +223,7 @@ def merge_attention(
     """
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     if not torch.compiler.is_compiling():
-        check_parts(outs, lses)
+        check_once(check_parts, outs, lses)
     chosen = choose(
         "merge_attention",
         outs,

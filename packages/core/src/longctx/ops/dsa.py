@@ -28,6 +28,7 @@ from longctx.ops._dsa_library import (
     select_op,
 )
 from longctx.ops._library import call, needs_gradient
+from longctx.ops._once import check_once
 from longctx.plans import TopKPlan
 from longctx.protocols.attention import AttentionOutput
 
@@ -96,7 +97,7 @@ def quantize_fp8(
     (tensor([[   3.5000, -448.0000]]), tensor([1.]))
     """
     if not torch.compiler.is_compiling():
-        check_quantize_input(x, scale_format)
+        check_once(check_quantize_input, x, scale_format)
     gradient = needs_gradient(x)
     chosen = choose(
         "quantize_fp8",
@@ -170,9 +171,7 @@ def index_scores(
     tensor([[4, 3, 2, 1, 0]])
     """
     if not torch.compiler.is_compiling():
-        check_index_inputs(
-            q, k, weights, k_scale, key_start, key_end, names=("q", "k"), double=True
-        )
+        check_once(check_index_inputs, q, k, weights, k_scale, key_start, key_end, "q", "k", True)
     gradient = needs_gradient(q, k, weights, k_scale)
     if gradient and (q.dtype == FP8 or k_scale is not None):
         raise UnsupportedError(
@@ -254,8 +253,8 @@ def index_topk(
     """
     if not torch.compiler.is_compiling():
         check_positive("k", k)
-        check_index_inputs(
-            q8, k8, weights, k_scale, key_start, key_end, names=("q8", "k8"), double=False
+        check_once(
+            check_index_inputs, q8, k8, weights, k_scale, key_start, key_end, "q8", "k8", False
         )
     chosen = _choose_indexer("index_topk", q8, key_start, key_end, False, backend)
     key_start, key_end = both_bounds(key_start, key_end, k8.shape[1])
@@ -372,7 +371,7 @@ def topk_attention_with_lse(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling():
-        check_topk_inputs(q, k, v, plan, scale, sinks)
+        check_once(check_topk_inputs, q, k, v, plan, scale, sinks)
     used = (
         ("mla", v.shape[3] < q.shape[3]),
         ("sinks", sinks is not None),

@@ -23,6 +23,7 @@ from longctx.ops._checks import (
     values_readable,
 )
 from longctx.ops._library import call, define, needs_gradient
+from longctx.ops._once import check_once
 from longctx.protocols.attention import AttentionOutput
 
 __all__ = ["flash_attention", "flash_attention_with_lse"]
@@ -147,9 +148,10 @@ def flash_attention_with_lse(
     left, right = check_window(window)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if not torch.compiler.is_compiling():
-        _check(q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k)
-        for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
-            _check_descale(name, descale, q, k)
+        check_once(
+            _check, q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k,
+            q_descale, k_descale, v_descale,
+        )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else scale
     features = _features(left, right, softcap, sinks, cu_seqlens_q, q.dtype)
     gradient = needs_gradient(q, k, v, sinks)
@@ -203,6 +205,9 @@ def _check(
     softcap: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
 ) -> None:
     check_attention_inputs(q, k, v)
     if scale is not None:
@@ -225,6 +230,8 @@ def _check(
             "cu_seqlens_k",
             cu_seqlens_k.shape[0] - 1,
         )
+    for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
+        _check_descale(name, descale, q, k)
 
 
 def _check_descale(name: str, descale: Tensor | None, q: Tensor, k: Tensor) -> None:

@@ -18,6 +18,7 @@ from longctx.ops._checks import (
     values_readable,
 )
 from longctx.ops._library import call, define, needs_gradient
+from longctx.ops._once import check_once
 from longctx.protocols.attention import LightningOutput
 
 __all__ = ["lightning_attention", "lightning_decode"]
@@ -88,7 +89,7 @@ def lightning_attention(
     (torch.Size([1, 300, 4, 64]), torch.Size([1, 4, 64, 64]))
     """
     if not torch.compiler.is_compiling():
-        _check_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        check_once(_check_attention, q, k, v, log_decay, scale, initial_state, cu_seqlens)
     used = (("initial-state", initial_state is not None), ("varlen", cu_seqlens is not None))
     gradient = needs_gradient(q, k, v, initial_state)
     chosen = choose(
@@ -156,7 +157,7 @@ def lightning_decode(
     torch.Size([2, 1, 4, 64])
     """
     if not torch.compiler.is_compiling():
-        _check_decode(q, k, v, state, log_decay, scale)
+        check_once(_check_decode, q, k, v, state, log_decay, scale)
     gradient = needs_gradient(q, k, v, state)
     chosen = choose(
         "lightning_decode",

@@ -11,6 +11,7 @@ from torch import Tensor
 from longctx.dispatch import BoundBackend, choose, primitive
 from longctx.ops._checks import check_attention_inputs, check_positive, check_scale
 from longctx.ops._library import call, define, needs_gradient
+from longctx.ops._once import check_once
 from longctx.protocols.attention import AttentionOutput
 
 __all__ = [
@@ -112,21 +113,7 @@ def star_context_attention_with_lse(
         inputs).
     """
     if not torch.compiler.is_compiling():
-        check_attention_inputs(q, k, v)
-        if scale is not None:
-            check_scale(scale)
-        check_positive("block_size", block_size)
-        check_positive("anchor_size", anchor_size, 0)
-        if anchor_size > block_size:
-            raise ValueError(
-                f"anchor_size must be at most block_size, for the anchor is a prefix of the first "
-                f"block, got anchor_size={anchor_size}, block_size={block_size}"
-            )
-        if q.shape[1] > k.shape[1]:
-            raise ValueError(
-                f"k must hold the queries' own keys too, got q_len={q.shape[1]}, "
-                f"k_len={k.shape[1]}"
-            )
+        check_once(_check_context, q, k, v, block_size, anchor_size, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     gradient = needs_gradient(q, k, v)
     chosen = _choose("star_context_attention", q, k, v, gradient, backend)
@@ -218,9 +205,7 @@ def star_query_attention_with_lse(
         )
     owner = query_shard % len(shards)
     if not torch.compiler.is_compiling():
-        _check_shards(q, shards, owner)
-        if scale is not None:
-            check_scale(scale)
+        check_once(_check_shards, q, shards, owner, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     keys, values = [k for k, _ in shards], [v for _, v in shards]
     gradient = needs_gradient(q, *keys, *values)
@@ -249,7 +234,28 @@ def _choose(
     )
 
 
-def _check_shards(q: Tensor, shards: Sequence[tuple[Tensor, Tensor]], owner: int) -> None:
+def _check_context(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, anchor_size: int, scale: float | None
+) -> None:
+    check_attention_inputs(q, k, v)
+    if scale is not None:
+        check_scale(scale)
+    check_positive("block_size", block_size)
+    check_positive("anchor_size", anchor_size, 0)
+    if anchor_size > block_size:
+        raise ValueError(
+            f"anchor_size must be at most block_size, for the anchor is a prefix of the first "
+            f"block, got anchor_size={anchor_size}, block_size={block_size}"
+        )
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"k must hold the queries' own keys too, got q_len={q.shape[1]}, k_len={k.shape[1]}"
+        )
+
+
+def _check_shards(
+    q: Tensor, shards: Sequence[tuple[Tensor, Tensor]], owner: int, scale: float | None
+) -> None:
     for n, shard in enumerate(shards):
         try:
             k, v = shard
@@ -263,6 +269,8 @@ def _check_shards(q: Tensor, shards: Sequence[tuple[Tensor, Tensor]], owner: int
             f"query_shard {owner} must hold the {q.shape[1]} queries' own keys, it holds "
             f"{shards[owner][0].shape[1]} keys"
         )
+    if scale is not None:
+        check_scale(scale)
 
 
 def _context(

@@ -17,6 +17,7 @@ from longctx._compact import (
 )
 from longctx.dispatch import BoundBackend, choose
 from longctx.ops._library import call, needs_gradient
+from longctx.ops._once import check_once
 from longctx.ops._token_sparse_checks import (
     check_score_inputs,
     check_select_inputs,
@@ -94,7 +95,7 @@ def token_scores(
     """
     scale = q_recent.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling():
-        check_score_inputs(q_recent, k, pool, scale)
+        check_once(check_score_inputs, q_recent, k, pool, scale)
     gradient = needs_gradient(q_recent, k)
     chosen = choose(
         "token_scores",
@@ -170,7 +171,7 @@ def select_tokens(
     ([[[0, 3, 4, 5, -1, -1]]], [[4]])
     """
     if not torch.compiler.is_compiling():
-        check_select_inputs(scores, drop_mass, min_tokens, recent, head_axis)
+        check_once(check_select_inputs, scores, drop_mass, min_tokens, recent, head_axis)
     chosen = choose(
         "select_tokens",
         scores,
@@ -296,7 +297,7 @@ def _check(
     backend: str | BoundBackend | None,
 ) -> None:
     if not torch.compiler.is_compiling():
-        check_token_set_inputs(q, k, v, plan, 1.0 if scale is None else scale)
+        check_once(check_token_set_inputs, q, k, v, plan, 1.0 if scale is None else scale)
     if inner is None:
         return
     for name, value in (("scale", scale), ("backend", backend)):

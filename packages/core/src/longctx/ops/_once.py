@@ -1,0 +1,76 @@
+"""Checks that are not repeated for inputs like those that passed before.
+
+A model calls an op again and again with the same shapes, and its checks take longer than the rest
+of the call. What a check can see without reading values is the key of what passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import NoneType
+from typing import Any
+
+from torch import Tensor
+
+from longctx.settings import switched_on
+
+__all__ = ["check_once"]
+
+MOST_PASSED = 4096
+"""Keys that are remembered; lengths that grow from call to call must not fill the memory."""
+
+_passed: set[tuple[object, ...]] = set()
+_PLAIN = frozenset({int, float, bool, str, NoneType})
+
+
+def check_once(check: Callable[..., None], *args: Any) -> None:
+    """Call ``check(*args)``, which raises, unless arguments like these have passed it.
+
+    Where a check may read values (see `longctx.ops._checks.values_readable`), it is called.
+
+    Parameters
+    ----------
+    check : callable
+        A function of a module that looks at its arguments and at nothing else.
+    *args
+        The first is a tensor on the device of the others. Tensors count by what is known without
+        reading them, plans by their fields.
+    """
+    try:
+        if args[0].is_cpu:
+            key = None
+        else:
+            key = (
+                check,
+                *[
+                    (a.shape, a.stride(), a.dtype, a.device, a.requires_grad)
+                    if isinstance(a, Tensor)
+                    else a
+                    if type(a) in _PLAIN
+                    else _facts(a)
+                    for a in args
+                ],
+            )
+            if key in _passed and not switched_on("LONGCTX_CHECK_VALUES"):
+                return
+    except (AttributeError, TypeError):  # not a tensor, or of symbolic shape: never remembered
+        key = None
+    check(*args)
+    if key is not None:
+        if len(_passed) >= MOST_PASSED:
+            _passed.clear()
+        _passed.add(key)
+
+
+def _facts(value: Any) -> object:
+    """Return what a check can know of a value without reading tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_facts, value))
+    # a plan: a dataclass of tensors and plain values; other things have no such fields
+    if hasattr(type(value), "__dataclass_fields__"):
+        return type(value), *map(_facts, vars(value).values())
+    raise TypeError(f"a {type(value).__name__} is not remembered")
