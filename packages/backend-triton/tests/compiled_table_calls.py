@@ -95,13 +95,12 @@ def decode_case(
     )  # fmt: skip
 
 
-def merged_decode_case(dim: int, *, fp8: bool = False, **options: Any) -> None:
-    """Decode in one kernel; the values of an fp8 cache are read by fours."""
+def apart_decode_case(dim: int, **options: Any) -> None:
+    """Decode and merge in two kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_plan, "MERGED_BYTES", 1 << 18)
-        patch.setattr(decode_plan, "FP8_WORDS", True)
+        patch.setattr(decode_plan, "MERGED_BYTES", 0)
         decode_plan.decode_plan.cache_clear()
-        decode_case(dim, fp8=fp8, **options)
+        decode_case(dim, **options)
     decode_plan.decode_plan.cache_clear()
 
 
@@ -293,9 +292,9 @@ for _d in (64, 128):
         f"decode {_d} fp8": partial(decode_case, _d, fp8=True),
         f"decode {_d} tokens": partial(decode_case, _d, tokens=16),
         f"decode {_d} window": partial(decode_case, _d, window=1024, softcap=30.0),
-        f"decode {_d} merged": partial(merged_decode_case, _d, paged=False),
-        f"decode {_d} merged fp8": partial(merged_decode_case, _d, fp8=True, paged=False),
-        f"decode {_d} merged tokens": partial(merged_decode_case, _d, tokens=16),
+        f"decode {_d} dense fp8": partial(decode_case, _d, fp8=True, paged=False),
+        f"decode {_d} apart": partial(apart_decode_case, _d, paged=False),
+        f"decode {_d} apart tokens": partial(apart_decode_case, _d, tokens=16),
         f"merge {_d}": partial(merge_case, _d, torch.bfloat16),
         f"lightning {_d} cut": partial(lightning_case, _d),
         f"lightning {_d} whole": partial(lightning_case, _d, batch=4, heads=66),

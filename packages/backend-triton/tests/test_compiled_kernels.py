@@ -102,13 +102,13 @@ TABLE = (
      "flash backward hopper 64 full; flash backward hopper 128 full"),
     ("flash_dq_sums_kernel", {"sm_90a": ()}, "flash backward hopper 128 causal",
      "flash backward hopper 64 causal"),
-    ("decode_kernel", NARROW, "decode 128 paged; decode 128 fp8; decode 128 merged; "
-     "decode 128 merged fp8",
+    ("decode_kernel", NARROW, "decode 128 paged; decode 128 fp8; decode 128 dense; "
+     "decode 128 dense fp8",
      "decode 64 paged; decode 64 dense; decode 64 fp8; decode 64 window; decode 128 full batch; "
-     "decode 128 dense; decode 128 window; decode 256; decode 64 merged; decode 64 merged fp8"),
+     "decode 128 apart; decode 128 window; decode 256; decode 64 apart; decode 64 dense fp8"),
     ("decode_kernel", DOT, "decode 128 tokens",
-     "decode 64 tokens; decode 64 merged tokens; decode 128 merged tokens"),
-    ("merge_splits_kernel", PLAIN, "decode 128 paged", "decode 64 paged; decode 128 window"),
+     "decode 64 tokens; decode 64 apart tokens; decode 128 apart tokens"),
+    ("merge_splits_kernel", PLAIN, "decode 128 apart", "decode 64 apart; decode 128 apart tokens"),
     ("merge_kernel", PLAIN, "merge 128", "merge 64"),
     ("lightning_state_kernel", DOT, "lightning 128 cut",
      "lightning 64 cut; lightning 128 packed; lightning backward 64; lightning backward 128"),

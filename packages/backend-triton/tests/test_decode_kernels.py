@@ -143,7 +143,7 @@ def test_options(device, dtype, given, splits):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("mode", ["words", "native", "bits"])
+@pytest.mark.parametrize("mode", ["native", "bits"])
 def test_fp8_cache(device, dtype, page_size, mode, splits, monkeypatch):
     if device.type == "cuda" and mode != "bits" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("the GPU has no e4m3 conversion")

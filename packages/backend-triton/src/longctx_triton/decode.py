@@ -44,10 +44,9 @@ def decode_forward(
     if page_table is not None:
         page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
         pages, page_stride = page_table.shape[1], page_table.stride(0)
-    words = v_cache.data_ptr() % 16 == 0
     plan = decode_plan(
         q.shape, q.stride(), k_cache.shape, k_cache.stride(), v_cache.shape, v_cache.stride(),
-        k_cache.dtype, words, pages, page_stride, window_left, softcap, scale, device_of(q.device),
+        k_cache.dtype, pages, page_stride, window_left, softcap, scale, device_of(q.device),
     )  # fmt: skip
     if plan.bits:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)

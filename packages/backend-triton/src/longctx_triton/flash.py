@@ -18,7 +18,7 @@ from longctx_triton.kernels.flash_forward import flash_forward_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.flash import dkdv_tiles, dq_tiles, forward_tiles
 from longctx_triton.launch.prepared import launch
-from longctx_triton.launch.sizes import padded
+from longctx_triton.launch.sizes import heads_in_cache, padded
 
 __all__ = ["flash_backward", "flash_forward"]
 
@@ -56,37 +56,33 @@ def flash_forward(
     batch, q_len, q_heads, head_dim = q.shape
     k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
     fp8 = q.dtype == _FP8
-    out = torch.empty(
-        (batch, q_len, q_heads, value_dim),
-        dtype=torch.bfloat16 if fp8 else q.dtype,
-        device=q.device,
-    )
-    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
+    dtype = torch.bfloat16 if fp8 else q.dtype
+    out = torch.empty(batch, q_len, q_heads, value_dim, dtype=dtype, device=q.device)
+    lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
     left, right = _band(causal, window_left, window_right, q_len, k_len)
     device = device_of(q.device)
-    group = q_heads // kv_heads
-    section = min(batch * q_heads, group * _fitting(device, k, v))
-    whole = left is None and softcap == 0
-    plain = whole and not fp8
-    if whole and cu_seqlens_q is None and device.runs_gluon:
+    if softcap == 0 and cu_seqlens_q is None and device.runs_gluon:
         # Gluon is imported where it can run
-        from longctx_triton.launch.flash_hopper import hopper_forward, hopper_takes
-
-        if hopper_takes(q, k, v, right, scale):
-            hopper_forward(
-                q, k, v, out, lse, causal=right == 0, sinks=sinks,
-                descales=(q_descale, k_descale, v_descale), scale=scale,
-                section=section, processors=device.processors,
-            )  # fmt: skip
-            return out, lse
-    alone = softcap == 0 and not fp8 and cu_seqlens_q is None
-    if left is not None and right == 0 and alone and device.runs_gluon:
+        from longctx_triton.launch.flash_hopper import hopper_forward
         from longctx_triton.launch.key_walk_hopper import key_range_forward
 
-        if key_range_forward(device, q, k, v, out, lse, scale=scale, window=left, sinks=sinks):
+        descales = (q_descale, k_descale, v_descale)
+        if left is None:
+            ran = hopper_forward(
+                device, q, k, v, out, lse, right=right, sinks=sinks, descales=descales,
+                scale=scale,
+            )  # fmt: skip
+        else:
+            ran = right == 0 and key_range_forward(
+                device, q, k, v, out, lse, scale=scale, window=left, sinks=sinks
+            )
+        if ran:
             return out, lse
+    group = q_heads // kv_heads
+    plain = left is None and softcap == 0 and not fp8
+    section = min(batch * q_heads, group * _fitting(device, k, v))
     block_d, block_v = padded(head_dim), padded(value_dim)
     tiles = forward_tiles(device, max(block_d, block_v), plain)
     mode = ""
@@ -240,9 +236,9 @@ def _tile_count(length: int, ends: Tensor | None, block: int) -> int:
 
 
 def _fitting(device: Device, first: Tensor, second: Tensor, heads: int = 1) -> int:
-    """Return how many times ``heads`` heads of two tensors fit in most of the L2 cache, or 1."""
-    head = first.shape[1] * (first.shape[3] + second.shape[3]) * first.element_size()
-    return max(1, device.l2 * 5 // 8 // max(1, heads * head))
+    """Return how many times ``heads`` heads of two tensors fit the L2 cache."""
+    row_bytes = (first.shape[3] + second.shape[3]) * first.element_size()
+    return heads_in_cache(device.l2, first.shape[1], row_bytes, heads)
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:

@@ -50,12 +50,6 @@ def widen(b_x, FP8: tl.constexpr):
 
 
 @triton.jit
-def widened_byte(b_x, SHIFT: tl.constexpr):
-    """Return the e4m3 values that are one byte of every word, in fp16."""
-    return ((b_x >> SHIFT) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-
-
-@triton.jit
 def softcapped(b_s, softcap):
     """Return ``softcap tanh(s / softcap)``; the exponential saturates the right way."""
     return softcap * (1.0 - 2.0 / (tl.exp2(b_s * (2.0 * LOG2E / softcap)) + 1.0))
@@ -119,8 +113,7 @@ def decode_kernel(
     blocks]``, all 0 before and after, tell. With 0 a kernel of its own merges them: ``parts`` is
     ``[splits, B, Sq, Hq, Dv]``, and behind it ``[splits, B, Hq, Sq]`` log-sum-exps, without sinks.
     ``ROWS`` is the least power of two that holds the rows of a tile.
-    ``stride_kb`` and ``stride_vb`` step from page to page when ``PAGE_SIZE`` is not 0. A cache's
-    strides count what it is read by: elements, or for values with ``FP8`` "words" four of them.
+    ``stride_kb`` and ``stride_vb`` step from page to page when ``PAGE_SIZE`` is not 0.
     """
     # neighbours read the same keys (row blocks), then the heads beside them in memory
     if ROWS < BLOCK_M:
@@ -170,11 +163,7 @@ def decode_kernel(
     if not HAS_SOFTCAP:
         b_scale = b_scale * LOG2E
 
-    # products read values across keys: bytes one at a time, or four as the word that they are in
-    WIDTH: tl.constexpr = 4 if FP8 == "words" else 1
-    if FP8 == "words":
-        v_cache = v_cache.to(tl.pointer_type(tl.int32))
-    o_dv = tl.arange(0, BLOCK_V // WIDTH)
+    o_dv = tl.arange(0, BLOCK_V)
     p_k = k_cache + i_h.to(tl.int64) * stride_kh + o_d[None, :]
     p_v = v_cache + i_h.to(tl.int64) * stride_vh + o_dv[None, :]
     if PAGE_SIZE == 0:
@@ -185,9 +174,7 @@ def decode_kernel(
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_o = tl.zeros([BLOCK_M, BLOCK_V // WIDTH], tl.float32)
-    if FP8 == "words":  # of every word, its other bytes
-        b_o1, b_o2, b_o3 = b_o, b_o, b_o
+    b_o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for i_n in tl.range(start, stop):
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < length
@@ -210,10 +197,9 @@ def decode_kernel(
         if BLOCK_D != HEAD_DIM:
             m_k = m_k & m_d[None, :]
         if BLOCK_V != VALUE_DIM:
-            m_vn = m_vn & (o_dv < VALUE_DIM // WIDTH)[None, :]
+            m_vn = m_vn & (o_dv < VALUE_DIM)[None, :]
         b_k = tl.load(p_k + o_k[:, None], m_k, 0 if FP8 == "bits" else 0.0)  # [BLOCK_N, BLOCK_D]
-        # [BLOCK_N, BLOCK_V / WIDTH]
-        b_v = tl.load(p_v + o_vn[:, None], m_vn, 0 if FP8 == "bits" or FP8 == "words" else 0.0)
+        b_v = tl.load(p_v + o_vn[:, None], m_vn, 0 if FP8 == "bits" else 0.0)  # [BLOCK_N, BLOCK_V]
         b_s = tl.dot(b_q, tl.trans(widen(b_k, FP8))) * b_scale[:, None]  # [BLOCK_M, BLOCK_N]
         if HAS_SOFTCAP:
             b_s = softcapped(b_s, softcap) * LOG2E
@@ -228,16 +214,8 @@ def decode_kernel(
         b_alpha = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_p = b_p.to(b_q.dtype)
-        if FP8 == "words":
-            b_o = tl.dot(b_p, widened_byte(b_v, 0), acc=b_o * b_alpha[:, None])
-            b_o1 = tl.dot(b_p, widened_byte(b_v, 8), acc=b_o1 * b_alpha[:, None])
-            b_o2 = tl.dot(b_p, widened_byte(b_v, 16), acc=b_o2 * b_alpha[:, None])
-            b_o3 = tl.dot(b_p, widened_byte(b_v, 24), acc=b_o3 * b_alpha[:, None])
-        else:
-            b_o = tl.dot(b_p, widen(b_v, FP8), acc=b_o * b_alpha[:, None])
+        b_o = tl.dot(b_p, widen(b_v, FP8), acc=b_o * b_alpha[:, None])
         b_max = b_new
-    if FP8 == "words":
-        b_o = tl.join(tl.join(b_o, b_o2), tl.join(b_o1, b_o3)).reshape([BLOCK_M, BLOCK_V])
     if v_scale is not None:
         b_o = b_o * tl.load(v_scale + i_b * kv_heads + i_h)
 

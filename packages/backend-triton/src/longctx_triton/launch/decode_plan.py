@@ -20,9 +20,7 @@ FAR = 1 << 30
 """A window so wide that no key is outside; the kernels count in 32 bits."""
 TILE_BYTES = 16 << 10
 """Bytes of one key tile: two stages of keys and values in flight saturate a multiprocessor."""
-FP8_WORDS = False
-"""Whether the values of an fp8 cache are read by fours where their layout allows it."""
-MERGED_BYTES = 0
+MERGED_BYTES = 1 << 18
 """Partial results of one tile that the last of its programs merges; more take another kernel."""
 MERGED_NUMBERS = 64
 """Of partial results that a thread of it holds at a time."""
@@ -73,7 +71,6 @@ def decode_plan(
     v_shape: tuple[int, ...],
     v_strides: tuple[int, ...],
     cache_dtype: torch.dtype,
-    words: bool,
     pages: int | None,
     page_stride: int,
     window_left: int | None,
@@ -88,8 +85,6 @@ def decode_plan(
     q_shape, q_strides, k_shape, k_strides, v_shape, v_strides : tuple of int
         Of the queries and of the caches.
     cache_dtype : torch.dtype
-    words : bool
-        Whether the values begin at a multiple of 16 bytes.
     pages : int or None
         Width of the page table, if there is one.
     page_stride : int
@@ -107,11 +102,8 @@ def decode_plan(
         page_size, capacity = k_shape[1], pages * k_shape[1]
     tiles = _tiles(rows, head_dim, value_dim, cache_dtype.itemsize, pages is not None, device)
     fp8 = ""
-    v_steps = v_strides[:3]
     if cache_dtype == FP8:
-        fp8 = _fp8_mode(device, words and value_dim >= 64 and not any(s % 16 for s in v_steps))
-    if fp8 == "words":
-        v_steps = tuple(step // 4 for step in v_steps)
+        fp8 = _fp8_mode(device)
     reach, left = capacity, 0
     if window_left is not None:
         left = min(window_left, FAR)
@@ -131,7 +123,7 @@ def decode_plan(
         (row_blocks * kv_heads, splits, batch),
         (
             scale, softcap, left, q_len, kv_heads, splits, least_blocks, batch,
-            *q_strides[:3], *k_strides[:3], *v_steps, page_stride,
+            *q_strides[:3], *k_strides[:3], *v_strides[:3], page_stride,
         ),
         {
             "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
@@ -159,11 +151,9 @@ def decode_plan(
     return DecodePlan(attend, merge, parts, 0, fp8 == "bits")
 
 
-def _fp8_mode(device: Device, words: bool) -> str:
-    """Return how an fp8 cache is read: as bits where the GPU cannot convert, values by fours."""
-    if device.arch < (8, 9):
-        return "bits"
-    return "words" if words and FP8_WORDS else "native"
+def _fp8_mode(device: Device) -> str:
+    """Return how an fp8 cache is read: as bits where the GPU cannot convert."""
+    return "bits" if device.arch < (8, 9) else "native"
 
 
 @tuned("decode", apart=("rows",))
@@ -177,10 +167,12 @@ def _tiles(
     block_n = max(16, min(128 if block_m == 16 else 64, TILE_BYTES // (widest * itemsize)))
     if device.interpreted:  # the interpreter: several blocks for short caches too
         return _Tiles(16, 16, block_d, block_v, 1, 1, 2)
-    # two tiles in flight; behind page numbers, which are loaded ahead, Triton counts five stages
+    # tiles in flight; behind page numbers, which are loaded ahead, Triton counts one stage more
     deep = device.arch[0] == 9 and block_m == 16 and itemsize == 2
     stages = 5 if paged else 4 if deep else 3
     if not device.large_shared:
         stages = 2
+    if deep and not paged and widest == 128:
+        return _Tiles(block_m, 128, block_d, block_v, 8, 4, 1)
     num_warps = 8 if block_m == 128 or (block_m == 64 and widest == 256) else 4
     return _Tiles(block_m, block_n, block_d, block_v, num_warps, stages, 2)

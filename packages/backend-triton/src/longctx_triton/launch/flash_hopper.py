@@ -11,7 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longctx_triton.kernels.flash_hopper import ROWS, flash_hopper_kernel
+from longctx_triton.launch.device import Device
 from longctx_triton.launch.prepared import Block, Prepared
+from longctx_triton.launch.sizes import heads_in_cache
 from longctx_triton.launch.tuning import tuned
 from longctx_triton.launch.widen import widened
 
@@ -19,7 +21,6 @@ __all__ = [
     "HopperTiles",
     "copyable",
     "hopper_forward",
-    "hopper_takes",
     "hopper_tiles",
     "rows_block",
 ]
@@ -66,66 +67,58 @@ def hopper_tiles(head_dim: int, fp8: bool) -> HopperTiles:
     return HopperTiles(2, 128, 3 if fp8 else 2, 240, False, True)
 
 
-def hopper_takes(q: Tensor, k: Tensor, v: Tensor, right: int | None, scale: float) -> bool:
-    """Return whether the kernel can run; without window, softcap or packed sequences.
-
-    ``right`` is 0 for causal attention and None for full. Every query must see a key, and the
-    copy engine wants addresses and strides in multiples of 16 bytes.
-    """
-    return (
-        q.dtype in _DTYPES
-        and q.shape[3] == v.shape[3]
-        and q.shape[3] in (64, 128)
-        and (right is None or (right == 0 and k.shape[1] >= q.shape[1]))
-        and k.shape[1] > 0
-        and scale > 0
-        and all(copyable(t) for t in (q, k, v))
-    )
-
-
 def hopper_forward(
+    device: Device,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
     *,
-    causal: bool,
+    right: int | None,
     sinks: Tensor | None,
     descales: tuple[Tensor | None, Tensor | None, Tensor | None],
     scale: float,
-    section: int,
-    processors: int,
-) -> None:
-    """Write ``out`` and ``lse``.
+) -> bool:
+    """Write ``out`` and ``lse`` of attention without left window, softcap or packed sequences.
 
     Parameters
     ----------
+    device : Device
     q, k, v : Tensor, (batch, seq, heads, head_dim)
-        As `hopper_takes` accepts them. Values in fp8 are widened to fp16, which holds them
-        exactly, so that the weights need not be rounded to fp8.
+        Values in fp8 are widened to fp16, which holds them exactly, so that the weights need not
+        be rounded to fp8.
     out, lse : Tensor
         Contiguous, ``(batch, q_len, q_heads, head_dim)`` and ``(batch, q_heads, q_len)`` fp32.
-    causal : bool
+    right : int or None
+        0 for causal attention, None for full.
     sinks : Tensor, (q_heads,), float32, optional
     descales : tuple of Tensor, (batch, kv_heads), float32, optional
         Of q, k and v, at least 0.
     scale : float
-    section : int
-        Query heads, over all batch entries, whose keys fit the L2 cache together.
-    processors : int
-        Programs to start, one a multiprocessor.
+
+    Returns
+    -------
+    bool
+        Whether it ran: for head sizes 64 and 128, where every query sees a key, and addresses and
+        strides are the multiples of 16 bytes that the copy engine wants.
     """
-    fp8 = q.dtype == _FP8
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return False
+    dtype = q.dtype
     plan = _plan(
-        q.shape, q.stride(), k.shape, k.stride(), v.stride(),
-        causal, sinks is not None, scale, section, processors, fp8,
-        hopper_tiles(q.shape[3], fp8),
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype,
+        right, sinks is not None, scale, device, hopper_tiles(q.shape[3], dtype == _FP8),
     )  # fmt: skip
-    if fp8:
+    if plan is None:
+        return False
+    if dtype == _FP8:
         v = widened(v)
-    factors = [None if t is None else t.contiguous() for t in descales]
-    plan(flash_hopper_kernel, q, k, v, out, lse, sinks, *factors)
+        factors = [None if t is None else t.contiguous() for t in descales]
+        plan(flash_hopper_kernel, q, k, v, out, lse, sinks, *factors)
+    else:
+        plan(flash_hopper_kernel, q, k, v, out, lse, sinks, None, None, None)
+    return True
 
 
 @lru_cache(maxsize=512)
@@ -134,32 +127,48 @@ def _plan(
     q_strides: tuple[int, ...],
     k_shape: tuple[int, ...],
     k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
     v_strides: tuple[int, ...],
-    causal: bool,
+    dtype: torch.dtype,
+    right: int | None,
     sinks: bool,
     scale: float,
-    section: int,
-    processors: int,
-    fp8: bool,
+    device: Device,
     tiles: HopperTiles,
-) -> Prepared:
+) -> Prepared | None:
+    """Return the launch, or None for what the kernel does not take."""
+    unit = 16 // dtype.itemsize
+    if not (
+        dtype in _DTYPES
+        and q_shape[3] == v_shape[3]
+        and q_shape[3] in (64, 128)
+        and (right is None or (right == 0 and k_shape[1] >= q_shape[1]))
+        and k_shape[1] > 0
+        and scale > 0
+        and _even(q_shape, q_strides, unit)
+        and _even(k_shape, k_strides, unit)
+        and _even(v_shape, v_strides, unit)
+    ):
+        return None
+    fp8 = dtype == _FP8
     batch, q_len, q_heads, head_dim = q_shape
     count, units = -(-q_len // (tiles.consumers * ROWS)), batch * q_heads
     out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
+    group = q_heads // k_shape[2]
+    # query heads whose keys and values fit the cache go together
+    fitting = heads_in_cache(device.l2, k_shape[1], 2 * head_dim * dtype.itemsize)
+    section = min(units, group * fitting)
     if fp8:  # the values are a contiguous copy
         v_strides = (k_shape[1] * k_shape[2] * head_dim, k_shape[2] * head_dim, head_dim, 1)
     narrow = 1 if fp8 else 2
     return Prepared(
-        (min(count * units, processors),),
-        (
-            scale, count, units, section,
-            q_heads, q_heads // k_shape[2], q_len, k_shape[1],
-        ),
+        (min(count * units, device.processors),),
+        (scale, count, units, section, q_heads, group, q_len, k_shape[1]),
         {
             "CONSUMERS": tiles.consumers, "BLOCK_K": tiles.block_k, "HEAD_DIM": head_dim,
-            "VALUE_DIM": head_dim, "STAGES": tiles.stages, "CAUSAL": causal, "HAS_SINKS": sinks,
-            "PING_PONG": tiles.ping_pong, "LAZY": tiles.lazy, "POLY": tiles.poly,
-            "REGISTERS": tiles.registers, "num_warps": 4,
+            "VALUE_DIM": head_dim, "STAGES": tiles.stages, "CAUSAL": right == 0,
+            "HAS_SINKS": sinks, "PING_PONG": tiles.ping_pong, "LAZY": tiles.lazy,
+            "POLY": tiles.poly, "REGISTERS": tiles.registers, "num_warps": 4,
         },
         (
             rows_block(q_shape, q_strides, ROWS, narrow),

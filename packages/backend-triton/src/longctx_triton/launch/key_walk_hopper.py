@@ -14,6 +14,7 @@ from longctx_triton.kernels.walk_list import walk_list_kernel
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.flash_hopper import copyable, rows_block
 from longctx_triton.launch.prepared import Prepared, launch
+from longctx_triton.launch.sizes import heads_in_cache
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["WalkTiles", "block_list_forward", "key_range_forward", "walk_tiles"]
@@ -215,9 +216,9 @@ def _plan(
 ) -> Prepared:
     batch, q_len, q_heads, head_dim = q_shape
     units, group = batch * q_heads // heads, q_heads // k_shape[2]
-    # query heads whose keys and values fit most of the L2 cache go together
-    fitting = device.l2 * 5 // 8 // (2 * k_shape[1] * head_dim * 2)
-    section = min(batch * q_heads, group * max(1, fitting)) // heads
+    # query heads whose keys and values fit the cache go together
+    fitting = heads_in_cache(device.l2, k_shape[1], 4 * head_dim)
+    section = min(batch * q_heads, group * fitting) // heads
     out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
     return Prepared(
         (min(tiles * units, device.processors),),

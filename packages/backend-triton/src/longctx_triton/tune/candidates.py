@@ -61,6 +61,8 @@ MOVES: Mapping[str, tuple[Move, ...]] = {
         {"num_stages": "-1"},
         {"num_warps": 2},
         {"num_warps": 8},
+        {"num_warps": 8, "programs": 1, "num_stages": 7},
+        {"num_warps": 8, "programs": 1, "block_n": "*2", "num_stages": 4},
     ),
     "lightning": (
         {"block_v": "/2"},

@@ -19,7 +19,7 @@ MOST_ROUNDS = 200
 FEWEST_ROUNDS = 3
 HOST_SECONDS = 0.02
 MOST_HOST_CALLS = 100
-FEWEST_HOST_CALLS = 3
+FEWEST_HOST_CALLS = 1
 PATIENCE = 5
 """A call that takes this many times the budget is timed once."""
 

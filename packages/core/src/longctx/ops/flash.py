@@ -23,7 +23,6 @@ from longctx.ops._checks import (
     values_readable,
 )
 from longctx.ops._library import call, define, needs_gradient
-from longctx.ops._once import check_once
 from longctx.protocols.attention import AttentionOutput
 
 __all__ = ["flash_attention", "flash_attention_with_lse"]
@@ -148,8 +147,8 @@ def flash_attention_with_lse(
     left, right = check_window(window)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if not torch.compiler.is_compiling():
-        check_once(
-            _check, q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k,
+        _check(
+            q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k,
             q_descale, k_descale, v_descale,
         )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else scale
