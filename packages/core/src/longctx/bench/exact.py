@@ -113,12 +113,20 @@ def attention_gradients(
     keep: Callable[[Tensor], Tensor],
     scale: float,
     dtype: torch.dtype,
+    *,
+    rounded: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dq, dk, dv)`` of the query heads that share one KV head.
 
     ``q`` and ``dout`` are ``[q_len, group, dim]``, ``k`` and ``v`` ``[k_len, dim]``; ``keep`` maps
-    row numbers to their mask. Equations of arXiv 2307.08691, section 2.3.
+    row numbers to their mask. Equations of arXiv 2307.08691, section 2.3. With ``rounded``, the
+    result of the forward pass and both matrices that are multiplied again have been in that type,
+    as in every kernel: a row with few keys, whose terms cancel, is nothing but their error.
     """
+
+    def through(t: Tensor) -> Tensor:
+        return t if rounded is None else t.to(rounded).to(dtype)
+
     q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in torch.split(torch.arange(q.shape[0], device=q.device), CHUNK):
@@ -128,10 +136,11 @@ def attention_gradients(
             scores = ((query @ k.T) * scale).masked_fill_(hidden, -torch.inf)
             weights = scores.softmax(-1).nan_to_num_(0.0)
             dweights = grad @ v.T
-            dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
+            delta = (grad * through(weights @ v)).sum(-1, keepdim=True)
+            dscores = through(weights * (dweights - delta)) * scale
             dq[rows, head] = dscores @ k
             dk += dscores.T @ query
-            dv += weights.T @ grad
+            dv += through(weights).T @ grad
     return dq, dk, dv
 
 

@@ -22,14 +22,7 @@ __all__ = [
     "quantity",
 ]
 
-_FIGURES = (
-    ("ms", 6),
-    ("20-80 %", 11),
-    ("TFLOP/s", 7),
-    ("TB/s", 8),
-    ("of ceiling", 11),
-    ("host us", 7),
-)
+_FIGURES = (("ms", 6), ("20-80 %", 11), ("TFLOP/s", 7), ("TB/s", 8), ("of ceiling", 11))
 """Columns of figures with their least widths, so that the cases stand below one another."""
 
 _STYLES = {Status.WRONG: "red", Status.FAILED: "red", Status.OUT_OF_MEMORY: "yellow"}

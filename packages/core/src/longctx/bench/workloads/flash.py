@@ -98,7 +98,8 @@ def _sampled_gradients(
     b, head = case["batch"] - 1, sampled(case["kv_heads"], 3)[-1]
     own = slice(head * group, (head + 1) * group)
     parts = q[b, :, own], k[b, :, head], v[b, :, head], dout[b, :, own]
-    exact, low = (attention_gradients(*parts, keep, scale, dtype) for dtype in (EXACT, LOW))
+    exact = attention_gradients(*parts, keep, scale, EXACT)
+    low = attention_gradients(*parts, keep, scale, LOW, rounded=q.dtype)
     picks: dict[str, Callable[[Outputs], Tensor]] = {
         "dq": lambda outputs: outputs["dq"][b, :, own],
         "dk": lambda outputs: outputs["dk"][b, :, head],
