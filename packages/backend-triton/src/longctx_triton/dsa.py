@@ -62,7 +62,7 @@ def index_scores_forward(
 ) -> Tensor:
     """Return ``I [B, Sq, Sk]`` fp32, -inf at the pairs that are not seen."""
     batch, q_len, k_len = q.shape[0], q.shape[1], k.shape[1]
-    scores = torch.empty((batch, q_len, k_len), dtype=torch.float32, device=q.device)
+    scores = torch.empty(batch, q_len, k_len, dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
     device = device_of(q.device)
@@ -131,8 +131,8 @@ def topk_attention_forward(
     Few query rows (decode) are cut over their lists and merged in fp32.
     """
     batch, q_len, heads, _ = q.shape
-    out = torch.empty((batch, q_len, heads, v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)

@@ -166,10 +166,10 @@ def flash_backward(
     units = batch * q_heads
     row_tiles = -(-q_len // _DELTA_ROWS)
     rows = padded_rows(q_len) if one_pass else q_len
-    delta, lse2 = torch.empty((2, batch, q_heads, rows), dtype=torch.float32, device=q.device)
+    delta, lse2 = torch.empty(2, batch, q_heads, rows, dtype=torch.float32, device=q.device)
     parts = None
     if sinks is not None:
-        parts = torch.empty((row_tiles * batch, q_heads), dtype=torch.float32, device=q.device)
+        parts = torch.empty(row_tiles * batch, q_heads, dtype=torch.float32, device=q.device)
     flash_delta_kernel[(row_tiles * units,)](
         dout, out, lse, dlse, sinks, delta, lse2, parts, q_len, rows, units, q_heads,
         *_strides(dout), *_strides(out),

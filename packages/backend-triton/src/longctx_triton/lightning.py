@@ -120,7 +120,7 @@ def _scan(
     Only a state that is handed out is worth the second product that makes up for rounding decayed
     values: inside, the next product rounds it as coarsely.
     """
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     plan = _scan_plan(
         q.shape, q.stride(), k.stride(), v.shape, v.stride(),

@@ -77,8 +77,8 @@ def star_query_forward(
     """
     batch, q_len, heads, _ = q.shape
     value_dim = shard_values[0].shape[3]
-    out = torch.empty((batch, q_len, heads, value_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     plan = star_query_plan(

@@ -25,7 +25,7 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     """Return ``[B, Hq, Sk - W]``: mean causal softmax of the last queries, pooled over keys."""
     batch, window, heads, _ = q_recent.shape
     device = q_recent.device
-    scores = torch.empty((batch, heads, k.shape[1] - window), dtype=torch.float32, device=device)
+    scores = torch.empty(batch, heads, k.shape[1] - window, dtype=torch.float32, device=device)
     if scores.numel() == 0:
         return scores
     plan = score_plan(
@@ -52,8 +52,8 @@ def select_tokens_forward(
         tokens = torch.arange(capacity, dtype=torch.int32, device=device)
         counts = torch.full((batch, heads), capacity, dtype=torch.int32, device=device)
         return tokens.expand(batch, heads, capacity).contiguous(), counts
-    indices = torch.empty((batch, heads, capacity), dtype=torch.int32, device=device)
-    counts = torch.empty((batch, heads), dtype=torch.int32, device=device)
+    indices = torch.empty(batch, heads, capacity, dtype=torch.int32, device=device)
+    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
     plan = mass_plan(scores.shape, scores.stride(), drop_mass, min_tokens)
     memory = torch.empty(sum(plan.memory), dtype=torch.float64, device=device)
     means, sums = memory.split_with_sizes(plan.memory)

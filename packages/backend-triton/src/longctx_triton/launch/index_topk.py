@@ -47,7 +47,7 @@ def index_topk_forward(
     Always exact and deterministic. Scores are written for as many query rows at a time as
     ``LONGCTX_INDEX_BUDGET_MIB`` has room for (one row in any case), and only where they are seen.
     """
-    result = torch.empty((*q.shape[:2], top_k), dtype=torch.int32, device=q.device)
+    result = torch.empty(*q.shape[:2], top_k, dtype=torch.int32, device=q.device)
     if result.numel() == 0:
         return result
     device = device_of(q.device)

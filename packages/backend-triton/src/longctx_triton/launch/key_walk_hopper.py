@@ -158,8 +158,8 @@ def block_list_forward(
     heads, rows = (2, ROWS) if pair else (1, _TILE)
     tiles, each = -(-q_len // rows), block_k // sizes.block_k
     room = max(1, min(capacity * each, -(-k_len // sizes.block_k)))
-    starts = torch.empty((batch * sets * tiles, room), dtype=torch.int32, device=q.device)
-    walks = torch.empty((batch * sets * tiles, 2), dtype=torch.int32, device=q.device)
+    starts = torch.empty(batch * sets * tiles, room, dtype=torch.int32, device=q.device)
+    walks = torch.empty(batch * sets * tiles, 2, dtype=torch.int32, device=q.device)
     launch(
         walk_list_kernel, (batch * sets * tiles,),
         counts, indices, starts, walks, *counts.stride(), *indices.stride(),
