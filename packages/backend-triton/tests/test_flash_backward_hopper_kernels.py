@@ -246,9 +246,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, True, 64, True, 208, 72),
-                                   (3, 2, True, 32, False, 208, 72), (2, 2, False, 0, True, 240),
-                                   (3, 3, False, 0, False, 240)])  # fmt: skip
+@pytest.mark.parametrize("sizes", [(2, 2, True, 64, 208, 72),
+                                   (3, 2, True, 32, 208, 72), (2, 2, False, 0, 240),
+                                   (3, 3, False, 0, 240)])  # fmt: skip
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_oracle(hopper, monkeypatch, shape, causal, sizes):

@@ -95,7 +95,7 @@ def _feed(
 def _advance(
     b_dk, b_dv, k, v, k_parts, rings, step, masked, seen_from, scale2, p_sum,
     G: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
-    EARLY: gl.constexpr, ALONE: gl.constexpr,
+    ALONE: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Take block ``step`` of queries into dk and dv and leave the gradient of its scores.
@@ -131,16 +131,13 @@ def _advance(
     # one across the branch of this wait.
     mbarrier.wait(ds_empty.index(left), ((turn // DS_STAGES) & 1) ^ 1)
     b_dp = warpgroup_mma_wait(0, deps=(dp_token,))
-    if EARLY:
-        dv_token = warpgroup_mma(b_w, dout, b_dv, is_async=True)
+    dv_token = warpgroup_mma(b_w, dout, b_dv, is_async=True)
     b_ds = b_p * (b_dp - delta_s.index(slot).load(columns)[None, :])
     b_ds = b_ds.to(q_s.dtype)
     ds_s.index(2 * left + G).store(b_ds)
     fence_async_shared()
     barrier()
     mbarrier.arrive(ds_full.index(left), count=1)
-    if not EARLY:
-        dv_token = warpgroup_mma(b_w, dout, b_dv, is_async=True)
     b_ds = gl.convert_layout(b_ds, p_layout, assert_trivial=True)
     if ALONE:
         dk_token = warpgroup_mma(b_ds, q, b_dk, is_async=True)
@@ -165,7 +162,7 @@ def _advance(
 def _sum_keys(
     p_dk, p_dv, dq_sums, rings, common, scale,
     G: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, EARLY: gl.constexpr, ALONE: gl.constexpr,
+    CAUSAL: gl.constexpr, ALONE: gl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of keys ``[64 G, 64 G + 64)`` of the program's tile.
 
@@ -220,7 +217,7 @@ def _sum_keys(
         b_dk, b_dv = _advance(
             b_dk, b_dv, k, v, k_parts, rings, step, i < masked,
             seen_from - (begin + i) * _ROWS, scale2, p_sum,
-            G, HEAD_DIM, STAGES, DS_STAGES, EARLY, ALONE, s_layout, o_layout,
+            G, HEAD_DIM, STAGES, DS_STAGES, ALONE, s_layout, o_layout,
         )  # fmt: skip
         p_sum = sums + (row + i).to(gl.int64) * (_ROWS * HEAD_DIM)
         i += 1
@@ -289,7 +286,7 @@ def flash_backward_hopper_kernel(
     p_q, p_dout, p_k, p_v, p_dk, p_dv, lse2, delta, dq_sums, scale,
     tiles, units, section, kv_heads, group, q_len, k_len, padded,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, DS_STAGES: gl.constexpr, WIDTH: gl.constexpr,
-    CAUSAL: gl.constexpr, EARLY: gl.constexpr, ALONE: gl.constexpr,
+    CAUSAL: gl.constexpr, ALONE: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Sum dk and dv, and dq without its scale; ``p_*`` describe ``[B, S, H, D]``.
@@ -344,9 +341,9 @@ def flash_backward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_sum_keys, (p_dk, p_dv, dq_sums, rings, common, scale, 0, HEAD_DIM, STAGES,
-                             DS_STAGES, CAUSAL, EARLY, ALONE)),
+                             DS_STAGES, CAUSAL, ALONE)),
                 (_sum_keys, (p_dk, p_dv, dq_sums, rings, common, scale, 1, HEAD_DIM, STAGES,
-                             DS_STAGES, CAUSAL, EARLY, ALONE)),
+                             DS_STAGES, CAUSAL, ALONE)),
                 (_sum_queries, (dq_sums, rings, common, HEAD_DIM, DS_STAGES, WIDTH, CAUSAL)),
                 (_feed, (p_q, p_dout, p_k, p_v, lse2, delta, common, STAGES, CAUSAL)),
             ],
@@ -357,9 +354,9 @@ def flash_backward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_sum_keys, (p_dk, p_dv, dq_sums, rings, common, scale, 0, HEAD_DIM, STAGES,
-                             DS_STAGES, CAUSAL, EARLY, ALONE)),
+                             DS_STAGES, CAUSAL, ALONE)),
                 (_sum_keys, (p_dk, p_dv, dq_sums, rings, common, scale, 1, HEAD_DIM, STAGES,
-                             DS_STAGES, CAUSAL, EARLY, ALONE)),
+                             DS_STAGES, CAUSAL, ALONE)),
                 (_feed, (p_q, p_dout, p_k, p_v, lse2, delta, common, STAGES, CAUSAL)),
             ],
             [4, 1],

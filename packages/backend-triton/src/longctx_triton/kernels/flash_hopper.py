@@ -26,7 +26,7 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     hide,
 )
 
-__all__ = ["ROWS", "advance", "copy_block", "flash_hopper_kernel"]
+__all__ = ["ROWS", "advance", "copy_block", "flash_hopper_kernel", "share"]
 
 _ROWS = gl.constexpr(ROWS)
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -40,7 +40,7 @@ def _depth(dtype):
 
 
 @gluon.jit
-def _share(total):
+def share(total):
     """Return how many tiles this program gets when rounds run to and fro."""
     program = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -95,7 +95,7 @@ def _feed(
         tiles, units, section, q_heads, group, q_len, k_len,
     ) = common  # fmt: skip
     step = 0
-    for turn in range(_share(tiles * units)):
+    for turn in range(share(tiles * units)):
         unit, row, blocks = _locate(
             turn, tiles, units, section, q_len, k_len,
             CONSUMERS * _ROWS, BLOCK_K, CAUSAL,
@@ -191,7 +191,7 @@ def _consume(
     other = beats.index((G + 1) % CONSUMERS)
     step = 0  # key blocks so far, over all tiles: it numbers the stages
     beat = 0
-    for turn in range(_share(tiles * units)):
+    for turn in range(share(tiles * units)):
         unit, row, blocks = _locate(
             turn, tiles, units, section, q_len, k_len,
             CONSUMERS * _ROWS, BLOCK_K, CAUSAL,

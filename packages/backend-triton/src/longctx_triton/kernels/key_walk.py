@@ -10,17 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["extent", "list_of", "locate", "run_start", "runs_of", "share"]
-
-
-@gluon.jit
-def share(total):
-    """Return how many tiles this program gets when rounds run to and fro."""
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    rounds = total // programs
-    slot = gl.where(rounds % 2 == 0, program, programs - 1 - program)
-    return rounds + gl.where(slot < total - rounds * programs, 1, 0)
+__all__ = ["extent", "list_of", "locate", "run_start", "runs_of"]
 
 
 @gluon.jit

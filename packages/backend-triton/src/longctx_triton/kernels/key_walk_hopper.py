@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx_triton.compat import async_load, async_store
-from longctx_triton.kernels.flash_hopper import advance, copy_block
+from longctx_triton.kernels.flash_hopper import advance, copy_block, share
 from longctx_triton.kernels.flash_hopper_softmax import (
     ROW_THREADS,
     ROWS,
@@ -26,7 +26,7 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     faded,
     hide,
 )
-from longctx_triton.kernels.key_walk import extent, list_of, locate, run_start, runs_of, share
+from longctx_triton.kernels.key_walk import extent, list_of, locate, run_start, runs_of
 
 __all__ = ["key_walk_hopper_kernel"]
 

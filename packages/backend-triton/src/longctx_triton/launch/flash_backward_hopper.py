@@ -39,8 +39,6 @@ class BackwardTiles(NamedTuple):
         Whether a third warpgroup sums dq; else the two that sum dk and dv do, half each.
     width : int
         Channels of dq that the third one multiplies at a time.
-    early : bool
-        Whether dv's product starts before the scores' gradient is known.
     registers, dq_registers : int
         Registers of a thread of the first two warpgroups and of the third.
     """
@@ -49,7 +47,6 @@ class BackwardTiles(NamedTuple):
     ds_stages: int
     alone: bool
     width: int
-    early: bool
     registers: int
     dq_registers: int = 0
 
@@ -57,8 +54,8 @@ class BackwardTiles(NamedTuple):
 def backward_tiles(head_dim: int) -> BackwardTiles:
     """Return the tiles for a head size of 64 or 128."""
     if head_dim == 64:
-        return BackwardTiles(2, 2, True, 64, True, 208, 72)
-    return BackwardTiles(2, 2, False, 64, True, 240)
+        return BackwardTiles(2, 2, True, 64, 208, 72)
+    return BackwardTiles(2, 2, False, 64, 240)
 
 
 def hopper_backward_takes(
@@ -161,7 +158,7 @@ def _plan(
         ),
         {
             "HEAD_DIM": head_dim, "STAGES": tiles.stages, "DS_STAGES": tiles.ds_stages,
-            "WIDTH": tiles.width, "CAUSAL": causal, "EARLY": tiles.early, "ALONE": tiles.alone,
+            "WIDTH": tiles.width, "CAUSAL": causal, "ALONE": tiles.alone,
             "REGISTERS": tiles.registers, "DQ_REGISTERS": tiles.dq_registers, "num_warps": 4,
         },
         (
