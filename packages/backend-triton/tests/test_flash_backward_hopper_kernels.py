@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import threading
 import time
 import types
-from pathlib import Path
 
+import hopper_simulator as play
 import pytest
 import torch
 
@@ -24,16 +23,6 @@ from longctx_triton.launch import flash_backward_hopper as hopper_launch
 from longctx_triton.launch import flash_hopper
 from longctx_triton.launch.device import Device
 
-
-def beside(name):
-    """Load a module beside this file."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-play = beside("test_flash_hopper_kernels")
 LOCK = threading.Lock()
 
 

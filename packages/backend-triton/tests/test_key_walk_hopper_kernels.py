@@ -1,12 +1,11 @@
-"""The Gluon kernel of key walks, its own source run by threads as in test_flash_hopper_kernels."""
+"""The Gluon kernel of key walks, its own source run by threads: see hopper_simulator."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import types
-from pathlib import Path
 
+import hopper_simulator as play
 import pytest
 import torch
 
@@ -24,31 +23,6 @@ from longctx_triton.kernels.walk_list import walk_list_kernel
 from longctx_triton.launch import flash_hopper as flash_launch
 from longctx_triton.launch import key_walk_hopper as launch
 from longctx_triton.launch.device import Device
-
-
-def simulator() -> types.ModuleType:
-    """Load the stand-ins for barriers, copies and products."""
-    path = Path(__file__).with_name("test_flash_hopper_kernels.py")
-    spec = importlib.util.spec_from_file_location("key_walk_simulator", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-parts = simulator()
-
-
-class Description(parts.Description):
-    """Blocks may begin before an axis, too."""
-
-    def _slices(self, coordinates):
-        inside, part = [], []
-        for start, extent, size in zip(coordinates, self.block, self.base.shape, strict=True):
-            start = int(start)
-            first, last = min(max(start, 0), size), min(max(start + extent, 0), size)
-            inside.append(slice(first, last))
-            part.append(slice(first - start, last - start) if last > first else slice(0, 0))
-        return tuple(inside), tuple(part)
 
 
 def load(pointer, mask=True, other=0):
@@ -78,15 +52,15 @@ class Simulated:
         }
         world = {
             **names,
-            "gl": types.SimpleNamespace(**{**vars(parts.LANGUAGE), "load": load}),
-            "tma": types.SimpleNamespace(store_wait=parts.store_wait),
-            "mbarrier": parts.MBARRIER,
-            "fence_async_shared": parts.quiet,
-            "warpgroup_mma": parts.warpgroup_mma,
-            "warpgroup_mma_wait": parts.warpgroup_mma_wait,
-            "async_load": lambda d, c, b, m: parts.async_load(d, c, parts.Shared(parts.row(b)), m),
-            "async_store": parts.async_store,
-            "_depth": parts.quiet,
+            "gl": types.SimpleNamespace(**{**vars(play.LANGUAGE), "load": load}),
+            "tma": types.SimpleNamespace(store_wait=play.store_wait),
+            "mbarrier": play.MBARRIER,
+            "fence_async_shared": play.quiet,
+            "warpgroup_mma": play.warpgroup_mma,
+            "warpgroup_mma_wait": play.warpgroup_mma_wait,
+            "async_load": lambda d, c, b, m: play.async_load(d, c, play.Shared(play.row(b)), m),
+            "async_store": play.async_store,
+            "_depth": play.quiet,
             "_exp2": lambda t, _poly: torch.exp2(t),
             "faded": lambda t, fade, _lazy: t * fade[:, None],
             "hide": hide,
@@ -108,7 +82,7 @@ class Simulated:
             assert num_warps == 4
             given = [self.argument(value) for value in args]
             for program in range(grid[0]):
-                parts.GEOMETRY.program, parts.GEOMETRY.programs = program, grid[0]
+                play.GEOMETRY.program, play.GEOMETRY.programs = program, grid[0]
                 self.function(*given, **constants)
 
         return start
@@ -117,7 +91,7 @@ class Simulated:
     def argument(value):
         if isinstance(value, int):
             return torch.tensor(value)
-        return parts.Pointer(value) if isinstance(value, torch.Tensor) else value
+        return play.Pointer(value) if isinstance(value, torch.Tensor) else value
 
 
 class ListKernel:
@@ -154,7 +128,7 @@ def hopper(monkeypatch):
     device = Device((9, 0), 3, 1 << 16)
     monkeypatch.setattr(launch, "key_walk_hopper_kernel", kernel)
     monkeypatch.setattr(launch, "walk_list_kernel", ListKernel())
-    monkeypatch.setattr(flash_launch, "TensorDescriptor", Description)
+    monkeypatch.setattr(flash_launch, "TensorDescriptor", play.Description)
     for family in (block_sparse, flash, star):
         monkeypatch.setattr(family, "device_of", lambda _: device)
     monkeypatch.delenv("LONGCTX_TRITON_FLASH", raising=False)
