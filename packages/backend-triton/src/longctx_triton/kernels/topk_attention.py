@@ -129,7 +129,9 @@ def list_attention_kernel(
         b_m, b_l, b_acc = add_tile(b_s, b_v, b_m, b_l, b_acc, scale_log2)
 
     if SINKS:
-        b_sink = tl.load(sinks + o_h, mask=m_g, other=0.0).to(tl.float32) * LOG2_E
+        b_empty = b_m == float("-inf")
+        b_logit = tl.load(sinks + o_h, mask=m_g, other=0.0).to(tl.float32)
+        b_sink = b_logit * LOG2_E
         b_top = tl.maximum(b_m, b_sink)
         b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
         b_fade = tl.exp2(b_m - b_shift)
@@ -144,4 +146,8 @@ def list_attention_kernel(
     m_out = m_g[:, None] & (o_v < DV)[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
     o_lse = rows + (i_b * heads + o_h) * q_len + i_i
-    tl.store(lse + o_lse, sum_as_log(b_m, b_l), mask=m_g)
+    b_lse = sum_as_log(b_m, b_l)
+    if SINKS:
+        # a row without keys has the sink's own bits, which base 2 would round
+        b_lse = tl.where(b_empty, b_logit, b_lse)
+    tl.store(lse + o_lse, b_lse, mask=m_g)
