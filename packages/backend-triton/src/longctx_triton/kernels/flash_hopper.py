@@ -22,6 +22,7 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     ROW_THREADS,
     ROWS,
     block_softmax,
+    denominator,
     faded,
     hide,
 )
@@ -256,16 +257,8 @@ def _consume(
 
         i_b = unit // q_heads
         i_h = unit % q_heads
-        b_l = gl.convert_layout(gl.sum(b_l, 1), rows, assert_trivial=True)
-        if HAS_SINKS:
-            sink = gl.load(sinks + i_h) * _LOG2E
-            b_top = gl.maximum(b_m, sink)
-            b_fade = gl.exp2(b_m - b_top)
-            b_l = b_l * b_fade + gl.exp2(sink - b_top)
-            b_m = b_top
-            b_scale = b_fade / b_l
-        else:
-            b_scale = 1.0 / b_l
+        b_m, b_l, b_fade = denominator(b_m, b_l, sinks, i_h, rows, HAS_SINKS)
+        b_scale = b_fade / b_l
         if v_descale is not None:
             b_scale = b_scale * gl.load(v_descale + unit // group)
         b_o = warpgroup_mma_wait(0, deps=(b_o,))

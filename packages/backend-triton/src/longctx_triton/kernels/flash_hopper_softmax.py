@@ -9,8 +9,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["ROWS", "ROW_THREADS", "block_softmax", "faded", "hide"]
+__all__ = ["ROWS", "ROW_THREADS", "block_softmax", "denominator", "faded", "hide"]
 
+_LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = 64
 """Query rows of one warpgroup, which is what its matrix instruction multiplies."""
 
@@ -86,6 +87,23 @@ def _exp2(b_x, POLY: gl.constexpr):
             pack=POLY,
         )  # fmt: skip
     return b_p
+
+
+@gluon.jit
+def denominator(b_m, b_l, sinks, i_h, rows: gl.constexpr, HAS_SINKS: gl.constexpr):
+    """Return ``(maximum, sum, fading factor)`` of rows, sinks included; the factor is 1 without.
+
+    ``b_l`` is what a row's threads hold of its sum.
+    """
+    b_l = gl.convert_layout(gl.sum(b_l, 1), rows, assert_trivial=True)
+    b_fade = 1.0
+    if HAS_SINKS:
+        sink = gl.load(sinks + i_h) * _LOG2E
+        b_top = gl.maximum(b_m, sink)
+        b_fade = gl.exp2(b_m - b_top)
+        b_l = b_l * b_fade + gl.exp2(sink - b_top)
+        b_m = b_top
+    return b_m, b_l, b_fade
 
 
 @gluon.constexpr_function

@@ -23,6 +23,7 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     ROW_THREADS,
     ROWS,
     block_softmax,
+    denominator,
     faded,
     hide,
 )
@@ -190,16 +191,9 @@ def _consume(
         b_o = warpgroup_mma(b_p, v, b_o, is_async=True)
 
         i_own = i_h + (G if HEADS == 2 else 0)
-        b_l = gl.convert_layout(gl.sum(b_l, 1), rows, assert_trivial=True)
-        if HAS_SINKS:
-            sink = gl.load(sinks + i_own) * _LOG2E
-            b_top = gl.maximum(b_m, sink)
-            b_fade = gl.exp2(b_m - b_top)
-            b_l = b_l * b_fade + gl.exp2(sink - b_top)
-            b_m = b_top
-            b_scale = b_fade / b_l
-        else:
-            b_scale = gl.where(b_l == 0.0, 0.0, 1.0 / b_l)
+        b_m, b_l, b_fade = denominator(b_m, b_l, sinks, i_own, rows, HAS_SINKS)
+        # a row without keys
+        b_scale = gl.where(b_l == 0.0, 0.0, b_fade / b_l)
         b_o = warpgroup_mma_wait(0, deps=(b_o,))
         mbarrier.arrive(v_empty.index(slot_v), count=1)
         b_o = b_o * gl.convert_layout(b_scale, o_rows)[:, None]
