@@ -93,6 +93,21 @@ def test_errors_are_measured_by_row():
     assert judge({"out": near}, [expected]).error == pytest.approx(1e-6 / 2e-3)
 
 
+def test_a_row_that_cancels_is_allowed_its_own_error_and_gives_it_to_no_other():
+    true = torch.tensor([[1.0, 1.0], [1e-9, 0.0], [2.0, 1.0]], dtype=torch.float64)
+    low = true + torch.tensor([[0.0], [0.1], [0.0]], dtype=torch.float64)
+    expected = Expectation("rows", lambda o: o["out"], true, low, 2.0**-6, by_row=True)
+    assert judge({"out": low}, [expected]).right
+    assert not judge({"out": 2 * low - true + 0.1}, [expected]).right
+    near = true.clone()
+    near[2, 0] += 0.1  # as much as the second row may be off
+    verdict = judge({"out": near}, [expected])
+    assert not verdict.right
+    assert (verdict.error, verdict.allowed) == pytest.approx((0.05, 2 * 2.0**-6))
+    near[0, 0] = torch.nan
+    assert not judge({"out": near}, [expected]).right
+
+
 def test_a_masked_pair_that_has_a_score_is_wrong():
     true = torch.tensor([[1.0, -torch.inf, 2.0]], dtype=torch.float64)
     expected = Expectation("scores", lambda o: o["scores"], true, true, 1e-2)

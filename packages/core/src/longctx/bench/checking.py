@@ -30,6 +30,8 @@ class Expectation:
         The same formula in fp32, rounded as the output is.
     rounding : float
         Relative rounding error of the op's precision.
+    by_row : bool
+        Whether each row is allowed what its own ``low`` is off, not what the worst row's is.
     """
 
     what: str
@@ -37,6 +39,7 @@ class Expectation:
     exact: Tensor
     low: Tensor
     rounding: float
+    by_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,14 @@ def _compare(expected: Expectation, actual: Tensor) -> Verdict:
     rows = exact.masked_fill(~finite, 0).abs().amax(-1, keepdim=True)
     # a row that cancels, such as dq of a query with one key, is nothing but rounding
     rows = rows.clamp(min=max(float(rows.median()), torch.finfo(torch.float32).tiny))
+    if expected.by_row and bool(finite.all()):
+        errors = ((actual - exact) / rows).abs().amax(-1)
+        budgets = 2 * (((low - exact) / rows).abs().amax(-1) + expected.rounding)
+        # NaN is the largest
+        worst = (errors / budgets).flatten().argmax()
+        return Verdict(
+            expected.what, float(errors.flatten()[worst]), float(budgets.flatten()[worst])
+        )
     allowed = 2 * (_largest((low - exact) / rows, finite) + expected.rounding)
     if not torch.equal(actual[~finite], exact[~finite]):
         return Verdict(expected.what, float("inf"), allowed)

@@ -112,6 +112,7 @@ def _sampled_gradients(
             true,
             near.to(q.dtype),
             rounding_of(q.dtype, backward=True),
+            by_row=True,
         )
         for (name, pick), true, near in zip(picks.items(), exact, low, strict=True)
     ]
