@@ -24,6 +24,7 @@ def _table(
     head_dims: set[int] | None = None,
     value_dims: set[int] | None = None,
     gradient: bool = False,
+    deterministic_gradient: bool = True,
     hopper_priority: int = _PRIORITY,
 ) -> OpSupport:
     return OpSupport(
@@ -33,6 +34,7 @@ def _table(
         min_arch=_OLDEST,
         features=frozenset(features),
         gradient=gradient,
+        deterministic_gradient=deterministic_gradient,
         priority=_PRIORITY,
         arch_priority={(9, 0): hopper_priority},
     )
@@ -44,6 +46,7 @@ SUPPORT: Mapping[str, OpSupport] = {
     "flash_attention": _table(
         "window", "softcap", "sinks", "varlen", "fp8",
         dtypes=_HALF | _FP8, head_dims={64, 128, 256}, gradient=True,
+        deterministic_gradient=False,  # Hopper's kernel adds dq by atomics
     ),
     "decode_attention": _table(
         "window", "softcap", "sinks", "paged", "multi-token", "fp8", head_dims={64, 128, 256}
@@ -85,6 +88,7 @@ def interpreted(support: Mapping[str, OpSupport]) -> dict[str, OpSupport]:
             dtypes=dtypes,
             devices=frozenset({"cpu"}),
             features=table.features - {"fp8"},
+            deterministic_gradient=True,
             priority=-1,
         )
     return {op: table for op, table in kept.items() if table.dtypes}

@@ -143,8 +143,9 @@ class OpSupport:
     gradient : bool
         Whether the backward primitive exists.
     deterministic : bool
-        Same inputs give the same bits, run to run; gradients at the latest when
-        ``torch.use_deterministic_algorithms`` asks for it.
+        Same inputs give the same bits, run to run.
+    deterministic_gradient : bool
+        So do gradients. Where False, they still do under ``torch.use_deterministic_algorithms``.
     priority : int
         Order among the backends that can run a request; higher wins.
     arch_priority : mapping of (int, int) to int
@@ -160,6 +161,7 @@ class OpSupport:
     features: frozenset[str] = frozenset()
     gradient: bool = False
     deterministic: bool = True
+    deterministic_gradient: bool = True
     priority: int = 50
     arch_priority: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
@@ -178,6 +180,7 @@ class OpSupport:
             "features": sorted(self.features),
             "gradient": self.gradient,
             "deterministic": self.deterministic,
+            "deterministic_gradient": self.deterministic_gradient,
             "priority": self.priority,
         }
 
