@@ -147,10 +147,10 @@ def flash_attention_with_lse(
     left, right = check_window(window)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if not torch.compiler.is_compiling():
-        _check(
-            q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k,
-            q_descale, k_descale, v_descale,
-        )  # fmt: skip
+        # as cheap as looking up whether inputs like these passed before
+        _check(q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k)
+        for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
+            _check_descale(name, descale, q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     features = _features(left, right, softcap, sinks, cu_seqlens_q, q.dtype)
     gradient = needs_gradient(q, k, v, sinks)
@@ -204,9 +204,6 @@ def _check(
     softcap: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
 ) -> None:
     check_attention_inputs(q, k, v)
     if scale is not None:
@@ -229,8 +226,6 @@ def _check(
             "cu_seqlens_k",
             cu_seqlens_k.shape[0] - 1,
         )
-    for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
-        _check_descale(name, descale, q, k)
 
 
 def _check_descale(name: str, descale: Tensor | None, q: Tensor, k: Tensor) -> None:
