@@ -120,7 +120,7 @@ def attention_gradients(
 
     ``q`` and ``dout`` are ``[q_len, group, dim]``, ``k`` and ``v`` ``[k_len, dim]``; ``keep`` maps
     row numbers to their mask. Equations of arXiv 2307.08691, section 2.3. With ``rounded``, the
-    result of the forward pass and both matrices that are multiplied again have been in that type,
+    result of the forward pass and every matrix that is multiplied again have been in that type,
     as in every kernel: a row with few keys, whose terms cancel, is nothing but their error.
     """
 
@@ -136,7 +136,10 @@ def attention_gradients(
             scores = ((query @ k.T) * scale).masked_fill_(hidden, -torch.inf)
             weights = scores.softmax(-1).nan_to_num_(0.0)
             dweights = grad @ v.T
-            delta = (grad * through(weights @ v)).sum(-1, keepdim=True)
+            # the forward pass rounds weights whose largest is 1, and divides by their sum after
+            top = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
+            out = through((through(weights / top) @ v) * top)
+            delta = (grad * out).sum(-1, keepdim=True)
             dscores = through(weights * (dweights - delta)) * scale
             dq[rows, head] = dscores @ k
             dk += dscores.T @ query
