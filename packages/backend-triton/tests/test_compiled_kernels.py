@@ -141,6 +141,7 @@ TABLE = (
     ("keep_count_kernel", PLAIN, "select tokens", ""),
     ("row_threshold_kernel", PLAIN, "select tokens", "index topk large"),
     ("row_emit_kernel", PLAIN, "select tokens", "index topk large"),
+    ("clear_rows_kernel", PLAIN, "token sparse 128", "token sparse 64"),
     ("token_set_attention_kernel", DOT, "token sparse 128", "token sparse 64"),
     ("quantize_kernel", PLAIN, "quantize", "quantize ue8m0"),
     ("index_score_kernel", DOT, "index scores; index scores fp8",

@@ -103,9 +103,10 @@ class ListKernel:
     @staticmethod
     def start(
         counts, indices, starts, walks, _b, _h, _n, _ib, _ih, _in, _ic,
-        sets, tiles, q_len, k_len, capacity, _room, block_q, rows, each,
+        sets, tiles, q_len, k_len, capacity, room, block_q, rows, each,
         *, BLOCK_K, ENTRIES, BINS, CAUSAL, num_warps,
     ):  # fmt: skip
+        starts, walks = starts.view(-1, room), walks.view(-1, 2)
         for number in range(len(starts)):
             i_t, i_x, i_b = number % tiles, number // tiles % sets, number // tiles // sets
             block = i_t * rows // block_q

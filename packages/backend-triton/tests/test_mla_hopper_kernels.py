@@ -12,6 +12,7 @@ import random
 import threading
 import time
 import types
+from collections import defaultdict
 
 import pytest
 import torch
@@ -287,13 +288,13 @@ def hopper(monkeypatch):
     kernel = Simulated()
     empty = torch.empty
 
-    def merged(parts, parts_out, parts_lse, sinks, out, lse):
+    def merged(parts_out, parts_lse, sinks, out, lse, parts, *_sizes, SINKS, **_):
         parts_out = parts_out.view(parts, *out.shape)
         parts_lse = parts_lse.view(parts, *lse.shape)
         logs = (
-            parts_lse
-            if sinks is None
-            else torch.cat([parts_lse, sinks.view(1, 1, -1, 1).expand(1, *parts_lse.shape[1:])])
+            torch.cat([parts_lse, sinks.view(1, 1, -1, 1).expand(1, *parts_lse.shape[1:])])
+            if SINKS
+            else parts_lse
         )
         lse.copy_(logs.logsumexp(0))
         shares = (parts_lse - lse).exp().nan_to_num(0).transpose(2, 3)
@@ -301,7 +302,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(hopper_launch, "latent_hopper_kernel", kernel)
     monkeypatch.setattr(hopper_launch, "LEAST_HEADS", 1)
-    monkeypatch.setattr(hopper_launch, "merge_parts", merged)
+    monkeypatch.setattr(hopper_launch, "merge_parts_kernel", defaultdict(lambda: merged))
     monkeypatch.setattr(dsa, "device_of", lambda _: Device((9, 0), 3, 50 << 20))
     # outputs that are never written stay NaN
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))

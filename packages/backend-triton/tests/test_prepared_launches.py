@@ -16,8 +16,8 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from longctx_triton.launch import prepared
-from longctx_triton.launch.direct import direct_run, watched
-from longctx_triton.launch.prepared import Block, Prepared, launch
+from longctx_triton.launch.direct import Run, direct_run, watched
+from longctx_triton.launch.prepared import Block, Launches, Prepared, launch
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -59,9 +59,8 @@ def kernel(monkeypatch):
     monkeypatch.setattr(prepared, "_known", {})
     monkeypatch.setattr(prepared, "_repeated", {})
     monkeypatch.setattr(prepared, "raw_stream", lambda _: 7)
-    monkeypatch.setattr(
-        prepared, "direct_run", lambda *_: lambda *values: made.runs.append(values)
-    )
+    run = Run(lambda *values: made.runs.append(values), (), (), None)
+    monkeypatch.setattr(prepared, "direct_run", lambda *_: run)
     return made
 
 
@@ -140,6 +139,32 @@ def test_odd_addresses_and_profilers_take_the_ordinary_way(kernel, monkeypatch, 
     assert len(kernel.launches) == 5
     assert kernel.runs == []
     assert all(args[1:] == (32,) for _, args, _ in kernel.launches)
+
+
+def test_launches_share_what_they_look_at(kernel):
+    other = Kernel()
+    plan = Launches(
+        (Prepared((3,), (5,), {"BLOCK": 16}), (0, 1)), (Prepared((2,), (7,), {}), (2, 1, 0))
+    )
+    plan((kernel, other), numbers(4), None, numbers(2))
+    assert (len(kernel.launches), len(other.launches)) == (1, 1)
+    x, y = numbers(4), numbers(2)
+    plan((kernel, other), x, None, y)
+    expected = [
+        (3, 1, 1, 7, x.data_ptr(), None, 5),
+        (2, 1, 1, 7, y.data_ptr(), None, x.data_ptr(), 7),
+    ]
+    assert kernel.runs == expected
+    assert (len(kernel.launches), len(other.launches)) == (1, 1)
+    # of other dtypes, another kernel
+    plan((kernel, other), numbers(4, dtype=FP16), None, y)
+    plan((kernel, other), numbers(4, dtype=FP16), None, y)
+    assert (len(kernel.launches), len(other.launches)) == (2, 2)
+    # at odd addresses, the ordinary way for those that take them
+    plan((kernel, other), x, None, numbers(2, shift=1))
+    assert (len(kernel.launches), len(other.launches)) == (2, 3)
+    plan((kernel, other), x, None, y)
+    assert kernel.runs[-2:] == expected
 
 
 def test_launch_gives_pointers_and_numbers_in_order(kernel):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -37,6 +40,14 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
 
 
+@cache
+def _gluon() -> tuple[Callable[..., bool], Callable[..., bool]]:
+    """Return what runs Hopper's own kernels: Gluon is imported where it can run."""
+    from longctx_triton.launch.key_walk_hopper import block_list_forward, key_range_forward
+
+    return block_list_forward, key_range_forward
+
+
 def block_sparse_forward(
     q: Tensor,
     k: Tensor,
@@ -57,9 +68,7 @@ def block_sparse_forward(
         return out, lse
     device = device_of(q.device)
     if device.runs_gluon:
-        # Gluon is imported where it can run
-        from longctx_triton.launch.key_walk_hopper import block_list_forward
-
+        block_list_forward, _ = _gluon()
         if block_list_forward(
             device, q, k, v, out, lse, counts, indices,
             block_q=block_q, block_k=block_k, causal=causal, scale=scale,
@@ -107,8 +116,7 @@ def window_sparse_forward(
         return out, lse
     device = device_of(q.device)
     if device.runs_gluon:
-        from longctx_triton.launch.key_walk_hopper import key_range_forward
-
+        _, key_range_forward = _gluon()
         if key_range_forward(
             device, q, k, v, out, lse, scale=scale, window=window, anchor=sink_tokens,
             last_queries=last_queries, head_windows=head_windows,

@@ -12,16 +12,17 @@ from longctx_triton.kernels.index_scores_backward import (
     score_backward_keys_kernel,
     score_backward_queries_kernel,
 )
-from longctx_triton.kernels.merge_parts import merge_parts
+from longctx_triton.kernels.merge_parts import merge_parts_kernel
 from longctx_triton.kernels.quantize import quantize_kernel
 from longctx_triton.kernels.topk_attention import list_attention_kernel
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.dsa_tiles import index_backward_tiles
 from longctx_triton.launch.index_scores import bounds_or, layout_of, score_plan, unpacked
 from longctx_triton.launch.index_topk import index_topk_forward
-from longctx_triton.launch.mla_hopper import latent_forward, latent_takes
+from longctx_triton.launch.mla_hopper import LATENT, latent_forward, latent_takes
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.quantize import quantize_plan
+from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.topk_attention import list_plan
 
@@ -40,7 +41,8 @@ def quantize_forward(x: Tensor, *, scale_format: str) -> tuple[Tensor, Tensor]:
     Rows are read where they stand; only layouts that need more than three strides are copied.
     """
     plan = quantize_plan(x.shape, x.stride(), scale_format == "ue8m0", device_of(x.device))
-    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    # sizes apart: a tuple of them takes the host a microsecond longer
+    values = torch.empty(*x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if plan.launch is not None:
         plan.launch(
@@ -130,13 +132,15 @@ def topk_attention_forward(
 
     Few query rows (decode) are cut over their lists and merged in fp32.
     """
-    batch, q_len, heads, _ = q.shape
-    out = torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
+    batch, q_len, heads, head_dim = q.shape
+    value_dim = v.shape[3]
+    place = q.device
+    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=place)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=place)
+    if batch * q_len * heads * value_dim == 0:
         return out, lse
-    device = device_of(q.device)
-    if device.arch == (9, 0) and latent_takes(q, k, v, page_size, scale):
+    device = device_of(place)
+    if head_dim == LATENT and device.arch == (9, 0) and latent_takes(q, k, v, page_size, scale):
         latent_forward(
             q, k, indices, out, lse, scale=scale, sinks=sinks, processors=device.processors
         )
@@ -147,11 +151,9 @@ def topk_attention_forward(
         sinks is not None, device,
     )  # fmt: skip
     inputs = (q, k, v, indices, lse if sinks is None else sinks)
-    if plan.parts == 1:
+    if plan.merged is None:
         plan.attend(list_attention_kernel, *inputs, out, lse)
         return out, lse
-    memory = torch.empty(sum(plan.memory), dtype=torch.float32, device=q.device)
-    part_out, part_lse = memory.split_with_sizes(plan.memory)
-    plan.attend(list_attention_kernel, *inputs, part_out, part_lse)
-    merge_parts(plan.parts, part_out, part_lse, sinks, out, lse)
+    kernels = (list_attention_kernel, merge_parts_kernel)
+    plan.merged(kernels, *inputs, *scratch(q, plan.memory), out, lse)
     return out, lse

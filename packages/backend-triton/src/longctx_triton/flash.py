@@ -6,6 +6,9 @@ and with ``LONGCTX_TRITON_FLASH=portable`` in the environment, kernels of ``tl.d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,7 +20,7 @@ from longctx_triton.kernels.flash_backward import (
 from longctx_triton.kernels.flash_forward import flash_forward_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.flash import dkdv_tiles, dq_tiles, forward_tiles
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.sizes import heads_in_cache, padded
 
 __all__ = ["flash_backward", "flash_forward"]
@@ -53,62 +56,106 @@ def flash_forward(
     LONGCTX_TRITON_FLASH : {"portable"}, optional
         Run the ``tl.dot`` kernel on Hopper too, for comparison.
     """
-    batch, q_len, q_heads, head_dim = q.shape
-    k_len, kv_heads, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    batch, q_len, q_heads, _ = q.shape
+    _, k_len, _, value_dim = v.shape
     fp8 = q.dtype == _FP8
     dtype = torch.bfloat16 if fp8 else q.dtype
     out = torch.empty(batch, q_len, q_heads, value_dim, dtype=dtype, device=q.device)
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
-    if lse.numel() == 0:
+    if batch * q_heads * q_len == 0:
         return out, lse
     left, right = _band(causal, window_left, window_right, q_len, k_len)
     device = device_of(q.device)
     if softcap == 0 and cu_seqlens_q is None and device.runs_gluon:
-        # Gluon is imported where it can run
-        from longctx_triton.launch.flash_hopper import hopper_forward
-        from longctx_triton.launch.key_walk_hopper import key_range_forward
-
-        descales = (q_descale, k_descale, v_descale)
+        hopper_forward, key_range_forward = _gluon()
         if left is None:
             ran = hopper_forward(
-                device, q, k, v, out, lse, right=right, sinks=sinks, descales=descales,
-                scale=scale,
-            )  # fmt: skip
+                device, q, k, v, out, lse, right, sinks, (q_descale, k_descale, v_descale), scale
+            )
         else:
             ran = right == 0 and key_range_forward(
                 device, q, k, v, out, lse, scale=scale, window=left, sinks=sinks
             )
         if ran:
             return out, lse
+    sequences = 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    plan, bits = _forward_plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, device,
+        left, right, softcap, scale, sequences,
+    )  # fmt: skip
+    if bits:
+        q, k, v = (t.view(torch.uint8) for t in (q, k, v))
+    if fp8:
+        q_descale, k_descale, v_descale = (
+            None if t is None else t.contiguous() for t in (q_descale, k_descale, v_descale)
+        )
+    plan(
+        flash_forward_kernel, q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k,
+        q_descale, k_descale, v_descale,
+    )  # fmt: skip
+    return out, lse
+
+
+@cache
+def _gluon() -> tuple[Callable[..., bool], Callable[..., bool]]:
+    """Return what runs Hopper's own kernels: Gluon is imported where it can run."""
+    from longctx_triton.launch.flash_hopper import hopper_forward
+    from longctx_triton.launch.key_walk_hopper import key_range_forward
+
+    return hopper_forward, key_range_forward
+
+
+@lru_cache(maxsize=512)
+def _forward_plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: Device,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    scale: float,
+    sequences: int,
+) -> tuple[Prepared, bool]:
+    """Return the launch of ``flash_forward_kernel``, and whether it reads fp8 as bytes."""
+    batch, q_len, q_heads, head_dim = q_shape
+    k_len, kv_heads, value_dim = v_shape[1:]
+    fp8 = dtype == _FP8
     group = q_heads // kv_heads
     plain = left is None and softcap == 0 and not fp8
-    section = min(batch * q_heads, group * _fitting(device, k, v))
+    row_bytes = (head_dim + value_dim) * dtype.itemsize
+    section = min(batch * q_heads, group * heads_in_cache(device.l2, k_len, row_bytes))
     block_d, block_v = padded(head_dim), padded(value_dim)
     tiles = forward_tiles(device, max(block_d, block_v), plain)
     mode = ""
     if fp8:
         mode = "native" if device.arch >= (8, 9) else "bytes"
-        if mode == "bytes":
-            q, k, v = (t.view(torch.uint8) for t in (q, k, v))
-    count, units = _tile_count(q_len, cu_seqlens_q, tiles.block_q), batch * q_heads
-    grid = (count * units,)
-    launch(
-        flash_forward_kernel, grid,
-        q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k,
-        *(None if t is None else t.contiguous() for t in (q_descale, k_descale, v_descale)),
-        scale, softcap, left or 0, right or 0,
-        q_len, k_len, 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        units, q_heads, group, count, section,
-        *_strides(q), *_strides(k), *_strides(v),
-        HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_V=block_v,
-        BLOCK_Q=tiles.block_q, BLOCK_K=tiles.block_k,
-        # the running maximum may be scaled afterwards only by a factor above 0
-        SOFTCAP=softcap > 0, PRESCALED=softcap > 0 or fp8 or scale <= 0, FP8=mode,
-        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
-        VARLEN=cu_seqlens_q is not None,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    # of packed sequences a bound that needs no lengths
+    whole = -(-q_len // tiles.block_q)
+    count = q_len // tiles.block_q + sequences + 1 if sequences else whole
+    units = batch * q_heads
+    plan = Prepared(
+        (count * units,),
+        (
+            scale, softcap, left or 0, right or 0, q_len, k_len, sequences,
+            units, q_heads, group, count, section,
+            *_used(q_shape, q_strides), *_used(k_shape, k_strides), *_used(v_shape, v_strides),
+        ),
+        {
+            "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d, "BLOCK_V": block_v,
+            "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
+            # the running maximum may be scaled afterwards only by a factor above 0
+            "SOFTCAP": softcap > 0, "PRESCALED": softcap > 0 or fp8 or scale <= 0, "FP8": mode,
+            "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None,
+            "VARLEN": sequences > 0,
+            "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+        },
     )  # fmt: skip
-    return out, lse
+    return plan, mode == "bytes"
 
 
 def flash_backward(
@@ -241,14 +288,15 @@ def _fitting(device: Device, first: Tensor, second: Tensor, heads: int = 1) -> i
     return heads_in_cache(device.l2, first.shape[1], row_bytes, heads)
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
+def _strides(t: Tensor) -> tuple[int, ...]:
+    return _used(t.shape, t.stride())
+
+
+def _used(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of batch, sequence and heads; 0 where an axis has one entry.
 
     The stride of such an axis is arbitrary, and Triton compiles anew for an odd one.
     """
-    batch, seq, head, _ = t.stride()
-    return (
-        batch if t.shape[0] > 1 else 0,
-        seq if t.shape[1] > 1 else 0,
-        head if t.shape[2] > 1 else 0,
+    return tuple(
+        stride if size > 1 else 0 for size, stride in zip(shape[:3], strides[:3], strict=True)
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from longctx_triton.kernels.key_range import range_attention_kernel
-from longctx_triton.kernels.merge_parts import merge_parts
+from longctx_triton.kernels.merge_parts import merge_parts_kernel
 from longctx_triton.kernels.star_query import star_query_kernel
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import signed_scale, star_tiles
 from longctx_triton.launch.star_query import StarQueryPlan, star_query_plan
@@ -35,9 +37,7 @@ def star_context_forward(
     block_size = min(block_size, k_len)
     device = device_of(q.device)
     if device.runs_gluon:
-        # Gluon is imported where it can run
-        from longctx_triton.launch.key_walk_hopper import key_range_forward
-
+        key_range_forward = _gluon()
         if key_range_forward(
             device, q, k, v, out, lse, scale=scale, anchor=anchor_size, block=block_size
         ):
@@ -60,6 +60,14 @@ def star_context_forward(
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, lse
+
+
+@cache
+def _gluon() -> Callable[..., bool]:
+    """Return what runs Hopper's own kernel: Gluon is imported where it can run."""
+    from longctx_triton.launch.key_walk_hopper import key_range_forward
+
+    return key_range_forward
 
 
 def star_query_forward(
@@ -88,18 +96,12 @@ def star_query_forward(
     )  # fmt: skip
     if not plan.shards:
         return out.zero_(), lse.fill_(-torch.inf)
-    if plan.parts == 0:
+    if plan.merged is None:
         _chain(plan, q, shard_keys, shard_values, out, lse)
         return out, lse
-    memory = torch.empty(sum(plan.memory), dtype=torch.float32, device=q.device)
-    pieces = memory.split_with_sizes(plan.memory)
-    part_outs, part_lses = pieces[: len(plan.shards)], pieces[len(plan.shards) :]
-    for shard, part_out, part_lse in zip(plan.shards, part_outs, part_lses, strict=True):
-        shard.attend(
-            star_query_kernel, q, shard_keys[shard.number], shard_values[shard.number],
-            part_out, part_lse, part_out, part_lse,
-        )  # fmt: skip
-    merge_parts(plan.parts, part_outs[0], part_lses[0], None, out, lse)
+    inputs = [t for shard in plan.shards for t in shard.inputs(shard_keys, shard_values)]
+    kernels = (star_query_kernel,) * len(plan.shards) + (merge_parts_kernel,)
+    plan.merged(kernels, q, *inputs, *scratch(q, plan.memory), out, lse)
     return out, lse
 
 
@@ -119,6 +121,5 @@ def _chain(
         target = out if shard is plan.shards[-1] else wide
         past = target if shard is plan.shards[0] else wide
         shard.attend(
-            star_query_kernel, q, shard_keys[shard.number], shard_values[shard.number],
-            past, lse, target, lse,
+            star_query_kernel, q, *shard.inputs(shard_keys, shard_values), past, lse, target, lse
         )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longctx_triton.kernels.select_mass import head_mean_kernel, keep_count_kernel
-from longctx_triton.kernels.select_rows import choose_rows, found_size
+from longctx_triton.kernels.select_rows import row_emit_kernel, row_threshold_kernel
 from longctx_triton.kernels.token_attention import token_set_attention_kernel
 from longctx_triton.kernels.token_scores import (
     merge_statistics_kernel,
@@ -14,8 +14,9 @@ from longctx_triton.kernels.token_scores import (
     share_kernel,
     statistics_kernel,
 )
+from longctx_triton.launch.clear_rows import cleared
 from longctx_triton.launch.device import device_of
-from longctx_triton.launch.sizes import aligned
+from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.token_sparse import attend_plan, mass_plan, score_plan
 
 __all__ = ["select_tokens_forward", "token_scores_forward", "token_sparse_forward"]
@@ -25,20 +26,16 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     """Return ``[B, Hq, Sk - W]``: mean causal softmax of the last queries, pooled over keys."""
     batch, window, heads, _ = q_recent.shape
     device = q_recent.device
-    scores = torch.empty(batch, heads, k.shape[1] - window, dtype=torch.float32, device=device)
-    if scores.numel() == 0:
+    prefix = k.shape[1] - window
+    scores = torch.empty(batch, heads, prefix, dtype=torch.float32, device=device)
+    if batch * heads * prefix == 0:
         return scores
     plan = score_plan(
         q_recent.shape, q_recent.stride(), k.shape, k.stride(), pool, scale, device_of(device)
     )
-    memory = torch.empty(sum(plan.memory), dtype=torch.float32, device=device)
-    # of the last piece there is one only where shares are pooled
-    sums, totals, *shares = memory.split_with_sizes(plan.memory)
-    plan.statistics(statistics_kernel, q_recent, k, sums)
-    plan.merge(merge_statistics_kernel, sums, totals)
-    plan.share(share_kernel, q_recent, k, totals, shares[0] if shares else scores)
-    if plan.pool is not None:
-        plan.pool(pool_kernel, shares[0], scores)
+    kernels = (statistics_kernel, merge_statistics_kernel, share_kernel, pool_kernel)
+    steps = 4 if pool > 1 else 3
+    plan.score(kernels[:steps], q_recent, k, *scratch(k, plan.memory), scores)
     return scores
 
 
@@ -54,14 +51,9 @@ def select_tokens_forward(
         return tokens.expand(batch, heads, capacity).contiguous(), counts
     indices = torch.empty(batch, heads, capacity, dtype=torch.int32, device=device)
     counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
-    plan = mass_plan(scores.shape, scores.stride(), drop_mass, min_tokens)
-    memory = torch.empty(sum(plan.memory), dtype=torch.float64, device=device)
-    means, sums = memory.split_with_sizes(plan.memory)
-    whole = (aligned(batch), found_size(batch, heads, length))
-    keep, found = torch.empty(sum(whole), dtype=torch.int32, device=device).split_with_sizes(whole)
-    plan.means(head_mean_kernel, scores, means, sums)
-    plan.keep(keep_count_kernel, means, sums, keep)
-    choose_rows(scores, keep, 0, indices, counts, recent, found)
+    plan = mass_plan(scores.shape, scores.stride(), drop_mass, min_tokens, recent)
+    kernels = (head_mean_kernel, keep_count_kernel, row_threshold_kernel, row_emit_kernel)
+    plan.choose(kernels, scores, *scratch(scores, plan.memory), indices, counts)
     return indices, counts
 
 
@@ -69,9 +61,7 @@ def token_sparse_forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``: gather, attend and scatter in one kernel, unselected rows 0."""
-    batch, q_len, heads, _ = q.shape
-    out = torch.zeros((batch, q_len, heads, v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.full((batch, heads, q_len), -torch.inf, dtype=torch.float32, device=q.device)
+    out, lse = cleared(q, v.shape[3])
     if out.numel() == 0 or indices.numel() == 0:
         return out, lse
     plan = attend_plan(

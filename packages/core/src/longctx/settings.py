@@ -85,7 +85,8 @@ def budget_bytes(name: str) -> int:
 
 def switched_on(name: str) -> bool:
     """Return whether a yes/no variable is set to anything but nothing, 0, false, no or off."""
-    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+    text = os.environ.get(name)
+    return text is not None and text.strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def cache_dir() -> Path:

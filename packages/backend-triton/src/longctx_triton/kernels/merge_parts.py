@@ -6,12 +6,11 @@ from functools import lru_cache
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.sizes import padded
 
-__all__ = ["merge_parts", "merge_parts_kernel"]
+__all__ = ["merge_parts_kernel", "merge_plan"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -67,24 +66,9 @@ def merge_parts_kernel(
     tl.store(lse + o_lse, tl.where(b_sum == 0.0, float("-inf"), b_lse))
 
 
-def merge_parts(
-    parts: int,
-    parts_out: Tensor,
-    parts_lse: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Merge ``[parts, B, Sq, Hq, Dv]`` and ``[parts, B, Hq, Sq]``, both fp32, into the results.
-
-    Of ``parts_out`` and ``parts_lse`` only where they begin counts.
-    """
-    plan = _plan(parts, out.shape, sinks is not None)
-    plan(merge_parts_kernel, parts_out, parts_lse, lse if sinks is None else sinks, out, lse)
-
-
 @lru_cache(maxsize=512)
-def _plan(parts: int, out_shape: tuple[int, ...], sinks: bool) -> Prepared:
+def merge_plan(parts: int, out_shape: tuple[int, ...], sinks: bool) -> Prepared:
+    """Return the launch; without sinks anything stands for them."""
     batch, q_len, heads, value_dim = out_shape
     return Prepared(
         (batch * q_len * heads,),

@@ -16,7 +16,14 @@ from torch import Tensor
 from longctx_triton.kernels.topk_keys import NOTHING, chosen_places, middle, ordered_keys
 from longctx_triton.launch.prepared import Prepared
 
-__all__ = ["CHUNK", "choose_rows", "found_size", "row_emit_kernel", "row_threshold_kernel"]
+__all__ = [
+    "CHUNK",
+    "choose_plans",
+    "choose_rows",
+    "found_size",
+    "row_emit_kernel",
+    "row_threshold_kernel",
+]
 
 CHUNK = 1024
 """Entries that a program of the elementwise kernels takes."""
@@ -148,17 +155,14 @@ def choose_rows(
     indices: Tensor,
     counts: Tensor | None,
     recent: int,
-    found: Tensor | None = None,
 ) -> None:
     """Write the positions of the ``keep[b]`` or ``top_k`` best of rows ``scores [B, H, L]``.
 
     ``indices [B, H, capacity]`` get them in ascending order, then the ``recent`` positions behind
-    the row, then -1. Ties: lower position; scores of -inf and NaN are never chosen. ``found`` is
-    memory for `found_size` int32, allocated if not given.
+    the row, then -1. Ties: lower position; scores of -inf and NaN are never chosen.
     """
-    if found is None:
-        found = torch.empty(found_size(*scores.shape), dtype=torch.int32, device=scores.device)
-    threshold, emit = _plans(
+    found = torch.empty(found_size(*scores.shape), dtype=torch.int32, device=scores.device)
+    threshold, emit = choose_plans(
         scores.shape, scores.stride(), top_k, indices.shape[2], recent,
         keep is not None, counts is not None,
     )  # fmt: skip
@@ -172,7 +176,7 @@ def found_size(batch: int, heads: int, length: int) -> int:
 
 
 @lru_cache(maxsize=512)
-def _plans(
+def choose_plans(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     top_k: int,

@@ -1,4 +1,4 @@
-"""Phase 2 of Star Attention on one shard: query tokens over a span of keys, a part of the result.
+"""Phase 2 of Star Attention: query tokens over a span of a shard's keys, a part of the result.
 
 The query heads of a KV head are packed into the rows of one tile (row ``r`` is token
 ``r // group`` of head ``r % group``), so that few query tokens still fill the tensor cores.
@@ -16,11 +16,22 @@ __all__ = ["star_query_kernel"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch", "q_len", "k_len", "span"])
+@triton.jit(
+    do_not_specialize=[
+        "batch", "q_len", "k_len", "k_len1", "k_len2", "k_len3", "part0", "part1", "part2",
+        "part3", "span",
+    ]
+)  # fmt: skip
 def star_query_kernel(
     q,
     k,
     v,
+    k1,  # with SHARDS > 1: the next shards, of the same strides
+    v1,
+    k2,
+    v2,
+    k3,
+    v3,
     past_out,  # fp32 [B, Sq, Hq, Dv], read with RESUME
     past_lse,  # fp32 [B, Hq, Sq]
     out,  # [parts, B, Sq, Hq, Dv]
@@ -36,6 +47,13 @@ def star_query_kernel(
     s_vh,
     q_len,
     k_len,
+    k_len1,
+    k_len2,
+    k_len3,
+    part0,  # parts before the first of this launch
+    part1,  # parts of this launch before those of each further shard
+    part2,
+    part3,
     batch,
     units,  # batch * KV heads
     kv_heads,
@@ -49,28 +67,56 @@ def star_query_kernel(
     BLOCK_DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    SHARDS: tl.constexpr,
+    CAUSAL: tl.constexpr,  # the shard in which attention is causal; -1 for none of these
     RESUME: tl.constexpr,
     SIGNED: tl.constexpr,
 ):
-    """Grid ``(units * row tiles, parts)``; RESUME goes on from an earlier result."""
+    """Grid ``(units * row tiles, parts)``; RESUME goes on from an earlier result.
+
+    The parts of one shard follow those of the one before.
+    """
     i_t = tl.program_id(0) // units
     i_b = (tl.program_id(0) % units // kv_heads).to(tl.int64)
     i_h = (tl.program_id(0) % units % kv_heads).to(tl.int64)
-    i_part = tl.program_id(1).to(tl.int64)
+    i_part = part0.to(tl.int64) + tl.program_id(1)
+    i_own = tl.program_id(1)  # part of the shard
+    i_shard = 0
+    if SHARDS > 1:  # noqa: SIM102 (one is known to the compiler)
+        if tl.program_id(1) >= part1:
+            k = k1
+            v = v1
+            k_len = k_len1
+            i_own = tl.program_id(1) - part1
+            i_shard = 1
+    if SHARDS > 2:  # noqa: SIM102 (one is known to the compiler)
+        if tl.program_id(1) >= part2:
+            k = k2
+            v = v2
+            k_len = k_len2
+            i_own = tl.program_id(1) - part2
+            i_shard = 2
+    if SHARDS > 3:  # noqa: SIM102 (one is known to the compiler)
+        if tl.program_id(1) >= part3:
+            k = k3
+            v = v3
+            k_len = k_len3
+            i_own = tl.program_id(1) - part3
+            i_shard = 3
     heads = kv_heads * GROUP
     o_r = i_t * BM + tl.arange(0, BM)
     m_r = o_r < q_len * GROUP
     o_i = o_r // GROUP  # token
     o_h = i_h * GROUP + o_r % GROUP
-    n0 = tl.program_id(1) * span
+    n0 = i_own * span
     n_end = tl.minimum(n0 + span, k_len)
     b_limit = tl.zeros([BM], tl.int32) + k_len  # last key that a row sees
     whole_end = n_end
-    if CAUSAL:
-        b_limit = o_i + k_len - q_len
-        i_first = i_t * BM // GROUP
-        whole_end = tl.minimum(n_end, i_first + k_len - q_len + 1)
+    if CAUSAL >= 0:  # noqa: SIM102 (one is known to the compiler)
+        if i_shard == CAUSAL:
+            b_limit = o_i + k_len - q_len
+            i_first = i_t * BM // GROUP
+            whole_end = tl.minimum(n_end, i_first + k_len - q_len + 1)
 
     o_d = tl.arange(0, BLOCK_D)
     p_q = q + i_b * s_qb + (o_i.to(tl.int64) * s_qn + o_h * s_qh)[:, None] + o_d[None, :]

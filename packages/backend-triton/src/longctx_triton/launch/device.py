@@ -100,10 +100,10 @@ def launched(primitive: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(primitive)
     def launch(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        context = on_device(first)
-        if context is _HERE:
+        # `on_device` for the usual case, without a context
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
             return primitive(first, *args, **kwargs)
-        with context:
+        with on_device(first):
             return primitive(first, *args, **kwargs)
 
     return launch

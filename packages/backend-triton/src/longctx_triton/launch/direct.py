@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import getclosurevars
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -15,8 +15,28 @@ from triton.runtime import driver
 
 __all__ = ["Encode", "Run", "direct_run", "encoder", "raw_stream", "watched"]
 
-Run = Callable[..., None]
-"""Starts a compiled kernel: grid x, y, z, stream, then the parameters that are no constants."""
+
+class Run(NamedTuple):
+    """A compiled kernel that can be started.
+
+    Attributes
+    ----------
+    start : callable
+        It takes grid x, y, z and the stream, then ``head``, the parameters and ``tail``.
+    head, tail : tuple
+    owner : object
+        What lives as long as the compiled function.
+    """
+
+    start: Callable[..., Any]
+    head: tuple[object, ...]
+    tail: tuple[object, ...]
+    owner: object
+
+    def __call__(self, x: int, y: int, z: int, stream: int, *values: object) -> None:
+        """Start the kernel with parameters that are no constants."""
+        self.start(x, y, z, stream, *self.head, *values, *self.tail)
+
 
 Encode = Callable[[int, Any], tuple[object, ...]]
 """Returns the parameters that stand for the descriptor at a position among the descriptors."""
@@ -42,7 +62,7 @@ def direct_run(kernel: Any, compiled: object, count: int) -> Run | None:
 
     Returns
     -------
-    callable or None
+    Run or None
         It takes pointers as integers, and descriptors as `encoder` says. None where the ordinary
         launch has to do it: in the interpreter, with hooks on the kernel, with parameters given
         by name, and under another Triton.
@@ -52,15 +72,8 @@ def direct_run(kernel: Any, compiled: object, count: int) -> Run | None:
     constants = kernel.params[count:]
     if not all(parameter.is_constexpr for parameter in constants):
         return None
-    start, head = _launcher(compiled)
     # the launcher skips constants, which only have to be there
-    rest = (None,) * len(constants)
-
-    def run(x: int, y: int, z: int, stream: int, *values: object) -> None:
-        start(x, y, z, stream, *head, *values, *rest)
-
-    run.owner = compiled  # type: ignore[attr-defined]  # the function lives as long as it does
-    return run
+    return Run(*_launcher(compiled), (None,) * len(constants), compiled)
 
 
 def encoder(compiled: object) -> Encode | None:

@@ -20,6 +20,7 @@ from longctx_triton.launch.widen import widened
 __all__ = [
     "HopperTiles",
     "copyable",
+    "even",
     "hopper_forward",
     "hopper_tiles",
     "rows_block",
@@ -74,7 +75,6 @@ def hopper_forward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
     right: int | None,
     sinks: Tensor | None,
     descales: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -145,9 +145,9 @@ def _plan(
         and (right is None or (right == 0 and k_shape[1] >= q_shape[1]))
         and k_shape[1] > 0
         and scale > 0
-        and _even(q_shape, q_strides, unit)
-        and _even(k_shape, k_strides, unit)
-        and _even(v_shape, v_strides, unit)
+        and even(q_shape, q_strides, unit)
+        and even(k_shape, k_strides, unit)
+        and even(v_shape, v_strides, unit)
     ):
         return None
     fp8 = dtype == _FP8
@@ -181,11 +181,12 @@ def _plan(
 
 def copyable(t: Tensor) -> bool:
     """Return whether the copy engine can move ``[B, S, H, D]``: multiples of 16 bytes."""
-    return t.data_ptr() % 16 == 0 and _even(t.shape, t.stride(), 16 // t.element_size())
+    return t.data_ptr() % 16 == 0 and even(t.shape, t.stride(), 16 // t.element_size())
 
 
 @lru_cache(maxsize=512)
-def _even(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+def even(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> bool:
+    """Return whether the strides of axes with several entries are multiples of a unit."""
     return all(
         size == 1 or (stride > 0 and stride % unit == 0)
         for size, stride in zip(shape[:3], strides[:3], strict=True)

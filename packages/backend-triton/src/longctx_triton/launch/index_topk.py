@@ -22,6 +22,7 @@ from longctx_triton.launch.index_scores import (
     unpacked,
 )
 from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.topk_tiles import TopkTiles, part_count, topk_tiles
 
 __all__ = ["index_topk_forward"]
@@ -47,8 +48,9 @@ def index_topk_forward(
     Always exact and deterministic. Scores are written for as many query rows at a time as
     ``LONGCTX_INDEX_BUDGET_MIB`` has room for (one row in any case), and only where they are seen.
     """
-    result = torch.empty(*q.shape[:2], top_k, dtype=torch.int32, device=q.device)
-    if result.numel() == 0:
+    batch, q_len = q.shape[:2]
+    result = torch.empty(batch, q_len, top_k, dtype=torch.int32, device=q.device)
+    if batch * q_len == 0:
         return result
     device = device_of(q.device)
     unpack = unpacked(q, device.arch)
@@ -58,8 +60,7 @@ def index_topk_forward(
     )  # fmt: skip
     if unpack:
         q, k = q.view(torch.uint8), k.view(torch.uint8)
-    scores = torch.empty(plan.scores, dtype=torch.float32, device=q.device)
-    kept = torch.empty(plan.kept, dtype=torch.int32, device=q.device)
+    scores, kept = scratch(q, plan.memory)
     bounds = bounds_or(scores, key_start, key_end)[1:]
     chosen_bounds = bounds_or(result, key_start, key_end)[1:]
     factors = weights if k_scale is None else k_scale
@@ -105,11 +106,10 @@ class _Piece(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Pieces in turn, and the numbers of scores and of kept entries that they hold at a time."""
+    """Pieces in turn, and the memory of scores and of kept entries that they hold at a time."""
 
     pieces: tuple[_Piece, ...]
-    scores: int
-    kept: int
+    memory: Pieces
 
 
 @lru_cache(maxsize=256)
@@ -151,7 +151,8 @@ def _plan(
                     )  # fmt: skip
                     kept = max(kept, size)
             pieces.append(piece)
-    return _Plan(tuple(pieces), batches * rows * _stride(k_len), kept)
+    scores = batches * rows * _stride(k_len)
+    return _Plan(tuple(pieces), ((scores, torch.float32), (kept, torch.int32)))
 
 
 def _stride(width: int) -> int:

@@ -12,14 +12,16 @@ from longctx_triton.kernels.flash_hopper import ROWS
 from longctx_triton.kernels.key_walk_hopper import key_walk_hopper_kernel
 from longctx_triton.kernels.walk_list import walk_list_kernel
 from longctx_triton.launch.device import Device
-from longctx_triton.launch.flash_hopper import copyable, rows_block
-from longctx_triton.launch.prepared import Prepared, launch
+from longctx_triton.launch.flash_hopper import even, rows_block
+from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.sizes import heads_in_cache
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["WalkTiles", "block_list_forward", "key_range_forward", "walk_tiles"]
 
 _HALF = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
 _TILE = 2 * ROWS
 
 
@@ -95,28 +97,18 @@ def key_range_forward(
         Whether it ran: not for other types and head sizes than the kernel has, nor with blocks
         that tiles of 128 rows would straddle, or whose first tile would begin before the queries.
     """
-    q_len, k_len = q.shape[1], k.shape[1]
-    straddled = block is not None and (
-        (block < k_len and block % _TILE) or (k_len - q_len) % _TILE
-    )
-    if straddled or not _takes(q, k, v, scale):
+    if block is not None and block % _TILE and block < k.shape[1]:
         return False
-    origin, first_tile, tiles_a_block, tiles = k_len - q_len, 0, 1, -(-q_len // _TILE)
-    if block is None:
-        span, tiles_a_block = q_len, tiles
-    else:
-        span = min(block, k_len)
-        tiles_a_block = -(-span // _TILE)
-        origin = (k_len - q_len) // span * span
-        first_tile = (k_len - q_len - origin) // _TILE
-        tiles = -(-(k_len - origin) // _TILE) - first_tile
-    plan = _plan(
-        *_layout(q, k, v), scale, device, tiles, 1, walk_tiles(q.shape[3], 128),
-        (origin, first_tile, span, tiles_a_block, min(anchor, span if block else k_len),
-         min(window, k_len), min(last_queries, q_len), 1, 1, 1),
-        from_list=False, causal=True, by_block=block is not None,
-        head_windows=head_windows is not None, sinks=sinks is not None,
+    head_dim, dtype = q.shape[3], q.dtype
+    if head_dim not in HEAD_DIMS or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return False
+    plan = _range_plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype, scale, device,
+        walk_tiles(head_dim, 128), window, anchor, last_queries, block,
+        head_windows is not None, sinks is not None,
     )  # fmt: skip
+    if plan is None:
+        return False
     plan(key_walk_hopper_kernel, q, k, v, out, lse, sinks, head_windows, None, None)
     return True
 
@@ -144,57 +136,153 @@ def block_list_forward(
         Whether it ran: for the types and head sizes of the kernel, key blocks of multiples of 64,
         and query blocks of multiples of 128 or, where heads share lists in pairs, of 64.
     """
-    batch, q_len, q_heads, head_dim = q.shape
-    k_len, sets, capacity = k.shape[1], counts.shape[1], indices.shape[3]
+    head_dim, dtype = q.shape[3], q.dtype
+    if head_dim not in HEAD_DIMS or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return False
+    plan = _list_plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype, scale, device,
+        walk_tiles(head_dim, 128 if block_k % 128 == 0 else 64),
+        counts.shape[1], counts.stride(), indices.stride(), indices.shape[3],
+        block_q, block_k, causal,
+    )  # fmt: skip
+    if plan is None:
+        return False
+    starts, walks = scratch(q, plan.memory)
+    plan.lists(walk_list_kernel, counts, indices, starts, walks)
+    plan.attend(key_walk_hopper_kernel, q, k, v, out, lse, None, None, starts, walks)
+    return True
+
+
+class _ListPlan(NamedTuple):
+    """Launches of ``walk_list_kernel`` and of the attention, and the memory of the walks."""
+
+    lists: Prepared
+    attend: Prepared
+    memory: Pieces
+
+
+@lru_cache(maxsize=512)
+def _range_plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    scale: float,
+    device: Device,
+    sizes: WalkTiles,
+    window: int,
+    anchor: int,
+    last_queries: int,
+    block: int | None,
+    head_windows: bool,
+    sinks: bool,
+) -> Prepared | None:
+    """Return the launch, or None for what the kernel does not take."""
+    q_len, k_len = q_shape[1], k_shape[1]
+    straddled = block is not None and (
+        (block < k_len and block % _TILE) or (k_len - q_len) % _TILE
+    )
+    layout = (q_shape, q_strides, k_shape, k_strides, v_shape, v_strides)
+    if straddled or not _takes(*layout, dtype, scale):
+        return None
+    origin, first_tile, tiles_a_block, tiles = k_len - q_len, 0, 1, -(-q_len // _TILE)
+    if block is None:
+        span, tiles_a_block = q_len, tiles
+    else:
+        span = min(block, k_len)
+        tiles_a_block = -(-span // _TILE)
+        origin = (k_len - q_len) // span * span
+        first_tile = (k_len - q_len - origin) // _TILE
+        tiles = -(-(k_len - origin) // _TILE) - first_tile
+    return _plan(
+        q_shape, q_strides, k_shape, k_strides, v_strides, scale, device, tiles, 1, sizes,
+        (origin, first_tile, span, tiles_a_block, min(anchor, span if block else k_len),
+         min(window, k_len), min(last_queries, q_len), 1, 1, 1),
+        from_list=False, causal=True, by_block=block is not None,
+        head_windows=head_windows, sinks=sinks,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _list_plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    scale: float,
+    device: Device,
+    sizes: WalkTiles,
+    sets: int,
+    count_strides: tuple[int, ...],
+    index_strides: tuple[int, ...],
+    capacity: int,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+) -> _ListPlan | None:
+    """Return the launches, or None for what the kernel does not take."""
+    batch, q_len, q_heads, _ = q_shape
+    k_len, kv_heads = k_shape[1:3]
     pair = block_q % _TILE != 0 and block_q < q_len
     if (
         block_k % 64
         or capacity == 0
-        or not _takes(q, k, v, scale)
-        or (pair and (block_q % ROWS or q_heads // k.shape[2] % 2 or q_heads // sets % 2))
+        or not _takes(q_shape, q_strides, k_shape, k_strides, v_shape, v_strides, dtype, scale)
+        or (pair and (block_q % ROWS or q_heads // kv_heads % 2 or q_heads // sets % 2))
     ):
-        return False
-    sizes = walk_tiles(head_dim, 128 if block_k % 128 == 0 else 64)
+        return None
     heads, rows = (2, ROWS) if pair else (1, _TILE)
     tiles, each = -(-q_len // rows), block_k // sizes.block_k
     room = max(1, min(capacity * each, -(-k_len // sizes.block_k)))
-    starts = torch.empty(batch * sets * tiles, room, dtype=torch.int32, device=q.device)
-    walks = torch.empty(batch * sets * tiles, 2, dtype=torch.int32, device=q.device)
-    launch(
-        walk_list_kernel, (batch * sets * tiles,),
-        counts, indices, starts, walks, *counts.stride(), *indices.stride(),
-        sets, tiles, q_len, k_len, capacity, room, block_q, rows, each,
-        BLOCK_K=sizes.block_k, ENTRIES=256, BINS=1024, CAUSAL=causal, num_warps=4,
+    walks = batch * sets * tiles
+    lists = Prepared(
+        (walks,),
+        (*count_strides, *index_strides, sets, tiles, q_len, k_len, capacity, room, block_q,
+         rows, each),
+        {
+            "BLOCK_K": sizes.block_k, "ENTRIES": 256, "BINS": 1024, "CAUSAL": causal,
+            "num_warps": 4,
+        },
     )  # fmt: skip
-    plan = _plan(
-        *_layout(q, k, v), scale, device, tiles, heads, sizes,
+    attend = _plan(
+        q_shape, q_strides, k_shape, k_strides, v_strides, scale, device, tiles, heads, sizes,
         (0, 0, 1, 1, 0, 0, 0, q_heads // sets, sets, room),
         from_list=True, causal=causal, by_block=False, head_windows=False, sinks=False,
     )  # fmt: skip
-    plan(key_walk_hopper_kernel, q, k, v, out, lse, None, None, starts, walks)
-    return True
+    return _ListPlan(lists, attend, ((walks * room, torch.int32), (walks * 2, torch.int32)))
 
 
-def _takes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Return whether the kernel can run, whatever the plan.
+def _takes(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    scale: float,
+) -> bool:
+    """Return whether the kernel can run, whatever the plan: at addresses of 16 bytes' multiples.
 
-    The copy engine wants addresses and strides in multiples of 16 bytes.
+    The copy engine wants strides in such multiples, too.
     """
+    tensors = ((q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides))
     return (
-        q.dtype in _HALF
-        and q.shape[3] == v.shape[3]
-        and q.shape[3] in (64, 128)
-        and k.shape[1] > 0
+        dtype in _HALF
+        and q_shape[3] == v_shape[3]
+        and q_shape[3] in HEAD_DIMS
+        and k_shape[1] > 0
         and scale > 0
-        and all(copyable(t) for t in (q, k, v))
+        and all(even(shape, strides, 16 // dtype.itemsize) for shape, strides in tensors)
     )
 
 
-def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...], ...]:
-    return q.shape, q.stride(), k.shape, k.stride(), v.stride()
-
-
-@lru_cache(maxsize=512)
 def _plan(
     q_shape: tuple[int, ...],
     q_strides: tuple[int, ...],

@@ -8,14 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx_triton.kernels.merge_parts import merge_parts
+from longctx_triton.kernels.merge_parts import merge_parts_kernel, merge_plan
 from longctx_triton.kernels.mla_hopper import HALF, HEADS, REST, latent_hopper_kernel
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.prepared import Launches, Prepared
+from longctx_triton.launch.scratch import Pieces, scratch
 
-__all__ = ["LEAST_HEADS", "LatentTiles", "latent_forward", "latent_takes", "latent_tiles"]
+__all__ = [
+    "LATENT",
+    "LEAST_HEADS",
+    "LatentTiles",
+    "latent_forward",
+    "latent_takes",
+    "latent_tiles",
+]
 
 LEAST_HEADS = 16
 """Query heads from which the kernel, which always multiplies 64, is the faster one."""
+
+LATENT = 2 * HALF + REST
+"""Channels of a key."""
 
 BLOCK = REST
 """Keys of a block: as many as channels that only scores read, whose place the weights take."""
@@ -50,21 +61,38 @@ def latent_takes(q: Tensor, k: Tensor, v: Tensor, page_size: int, scale: float) 
 
     Copies are of 16 bytes, and the compiler knows as much of strides in multiples of 16.
     """
+    start = k.data_ptr()
+    if q.shape[2] < LEAST_HEADS or start != v.data_ptr() or (q.data_ptr() | start) % 16:
+        return False
+    return _fits(
+        q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(),
+        page_size, scale,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _fits(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    q_dtype: torch.dtype,
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    k_dtype: torch.dtype,
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    page_size: int,
+    scale: float,
+) -> bool:
     return (
-        q.shape[2] >= LEAST_HEADS
-        and q.shape[3] == 2 * HALF + REST
-        and v.shape[3] == 2 * HALF
-        and k.shape[2] == 1
+        q_shape[3] == LATENT
+        and v_shape[3] == 2 * HALF
+        and k_shape[2] == 1
         and page_size == 1
         and scale > 0
-        and k.data_ptr() == v.data_ptr()
-        and k.stride() == v.stride()
-        and q.dtype == k.dtype
-        and q.dtype in _HALF_PRECISION
-        and not any(
-            extent % 16
-            for extent in (q.data_ptr(), k.data_ptr(), *q.stride()[:3], *k.stride()[:2])
-        )
+        and k_strides == v_strides
+        and q_dtype == k_dtype
+        and q_dtype in _HALF_PRECISION
+        and not any(extent % 16 for extent in (*q_strides[:3], *k_strides[:2]))
     )
 
 
@@ -94,18 +122,16 @@ def latent_forward(
     processors : int
         Programs to start, one a multiprocessor.
     """
-    parts, attend, memory = _plan(
+    attend, merged, memory = _plan(
         q.shape, q.stride(), k.shape, k.stride(), indices.shape, indices.stride(), scale,
         sinks is not None, processors,
     )  # fmt: skip
-    inputs = (q, k, indices, lse if sinks is None else sinks)
-    if parts == 1:
-        attend(latent_hopper_kernel, *inputs, out, lse)
+    sunk = lse if sinks is None else sinks
+    if merged is None:
+        attend(latent_hopper_kernel, q, k, indices, sunk, out, lse)
         return
-    numbers = torch.empty(sum(memory), dtype=torch.float32, device=q.device)
-    part_out, part_lse = numbers.split_with_sizes(memory)
-    attend(latent_hopper_kernel, *inputs, part_out, part_lse)
-    merge_parts(parts, part_out, part_lse, sinks, out, lse)
+    kernels = (latent_hopper_kernel, merge_parts_kernel)
+    merged(kernels, q, k, indices, sunk, *scratch(q, memory), out, lse)
 
 
 @lru_cache(maxsize=512)
@@ -119,8 +145,8 @@ def _plan(
     scale: float,
     sinks: bool,
     processors: int,
-) -> tuple[int, Prepared, tuple[int, int]]:
-    """Return the number of parts, the launch, and how many numbers the parts' results take."""
+) -> tuple[Prepared, Launches | None, Pieces]:
+    """Return the launch, or those of parts and of merging them, and the parts' memory."""
     batch, q_len, heads, _ = q_shape
     slots = indices_shape[3]
     tiles = latent_tiles()
@@ -144,4 +170,9 @@ def _plan(
             "num_warps": 4,
         },
     )  # fmt: skip
-    return parts, attend, (parts * tokens * heads * 2 * HALF, parts * tokens * heads)
+    if parts == 1:
+        return attend, None, ()
+    rows = parts * tokens * heads
+    merge = merge_plan(parts, (batch, q_len, heads, 2 * HALF), sinks)
+    merged = Launches((attend, (0, 1, 2, 3, 4, 5)), (merge, (4, 5, 3, 6, 7)))
+    return attend, merged, ((rows * 2 * HALF, torch.float32), (rows, torch.float32))

@@ -8,6 +8,7 @@ and which numbers are 1 or multiples of 16.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from longctx_triton.launch.direct import (
     watched,
 )
 
-__all__ = ["Block", "Prepared", "launch"]
+__all__ = ["Block", "Launches", "Prepared", "launch"]
 
 ALIGNMENT = 16
 """Triton compiles for pointers and for integers that are multiples of it, or for any."""
@@ -98,30 +99,31 @@ class Prepared:
     def __call__(self, kernel: Any, *tensors: Tensor | None) -> None:
         """Launch ``kernel``, always the same, on the GPU that is current; the first is on it."""
         device = tensors[0].get_device()  # type: ignore[union-attr]
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
         low = 0
-        pointers: list[Any] = []
-        dtypes: list[object] = [device]
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                dtypes.append(None)
-            else:
-                pointer = tensor.data_ptr()
+        for pointer in pointers:
+            if pointer:
                 low |= pointer
-                pointers.append(pointer)
-                dtypes.append(tensor.dtype)
         if low % ALIGNMENT or watched():
             self._ordinary(kernel, tensors)
             return
-        found = tuple(dtypes)
+        found = (device, *[None if t is None else t.dtype for t in tensors])
         started = self._runs.get(found)
         if started is None:
             started = self._find(kernel, found, tensors)
             if started is None:
                 return
+        start, head, tail = started.run
         if self._templates:
-            pointers[: len(self._templates)] = started.described(self._templates, tensors)
-        started.run(*self.grid, raw_stream(device), *pointers, *self.numbers)
+            count = len(self._templates)
+            described = started.described(self._templates, tensors, pointers[:count])
+            head, pointers = (*head, *described), pointers[count:]
+        start(*self.grid, raw_stream(device), *head, *pointers, *tail)
+
+    def started(self, tensors: list[Tensor | None]) -> _Started | None:
+        """Return how tensors of these dtypes are launched, if that is known."""
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        return self._runs.get((tensors[0].get_device(), *dtypes))  # type: ignore[union-attr]
 
     def _ordinary(self, kernel: Any, tensors: tuple[Tensor | None, ...]) -> Any:
         arguments = (*self._described(tensors), *tensors[len(self.blocks) :], *self.numbers)
@@ -151,36 +153,102 @@ class Prepared:
             return None
         self._templates = tuple(_copied(d, None) for d in self._described(tensors))
         _known[key] = known
-        self._runs[dtypes] = _Started(known, len(self.blocks))
+        self._runs[dtypes] = _Started(known, len(self.blocks), self.numbers)
         return None if launched else self._runs[dtypes]
+
+
+class Launches:
+    """Launches one after another, which look at each tensor of a call once.
+
+    Parameters
+    ----------
+    steps : tuple of (Prepared, tuple of int)
+        Launches without blocks, and which of the call's tensors each of them takes.
+    """
+
+    __slots__ = ("_runs", "steps")
+
+    def __init__(self, *steps: tuple[Prepared, tuple[int, ...]]) -> None:
+        self.steps = steps
+        self._runs: dict[tuple[object, ...], list[Any]] = {}
+
+    def __call__(self, kernels: tuple[Any, ...], *tensors: Tensor | None) -> None:
+        """Launch ``kernels``, always the same, on the GPU that is current."""
+        device = tensors[0].get_device()  # type: ignore[union-attr]
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        low = 0
+        for pointer in pointers:
+            if pointer:
+                low |= pointer
+        found = (device, *[None if t is None else t.dtype for t in tensors])
+        runs = self._runs.get(found)
+        if runs is None or low % ALIGNMENT or watched():
+            self._apart(kernels, tensors, found)
+            return
+        stream = raw_stream(device)
+        for grid, start, head, chosen, tail in runs:
+            start(*grid, stream, *head, *chosen(pointers), *tail)
+
+    def _apart(
+        self, kernels: tuple[Any, ...], tensors: tuple[Tensor | None, ...], found: tuple[Any, ...]
+    ) -> None:
+        """Launch one by one; keep how, once each is known."""
+        runs = []
+        for kernel, (prepared, places) in zip(kernels, self.steps, strict=True):
+            given = [tensors[place] for place in places]
+            prepared(kernel, *given)
+            started = prepared.started(given)
+            if started is not None:
+                runs.append((prepared.grid, *started.run[:2], itemgetter(*places), started.run[2]))
+        if len(runs) == len(self.steps):
+            self._runs[found] = runs
 
 
 class _Started:
     """A compiled kernel for tensors of some dtypes, and the descriptors that it was given."""
 
-    __slots__ = ("_encode", "_encoded", "run")
+    __slots__ = ("_encode", "_encoded", "_together", "run")
 
-    def __init__(self, compiled: _Compiled, blocks: int) -> None:
-        self.run, self._encode = compiled
+    def __init__(self, compiled: _Compiled, blocks: int, numbers: tuple[int | float, ...]) -> None:
+        run, self._encode = compiled
+        self.run = run.start, run.head, (*numbers, *run.tail)
         self._encoded: list[dict[int, tuple[object, ...]]] = [{} for _ in range(blocks)]
+        self._together: dict[tuple[int | None, ...], list[object]] = {}
 
     def described(
-        self, templates: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
+        self,
+        templates: tuple[Any, ...],
+        tensors: tuple[Tensor | None, ...],
+        pointers: list[int | None],
     ) -> list[object]:
-        """Return what stands for the descriptors of the first tensors."""
+        """Return what stands for the descriptors of the first tensors, at these addresses."""
+        if self._encode is None:
+            return [
+                _copied(template, tensor)
+                for template, tensor in zip(templates, tensors, strict=False)
+            ]
+        key = tuple(pointers)
+        found = self._together.get(key)
+        if found is None:
+            found = self._described_new(self._encode, templates, tensors)
+            if len(self._together) >= MOST_ENCODED:
+                self._together.clear()
+            self._together[key] = found
+        return found
+
+    def _described_new(
+        self, encode: Encode, templates: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
+    ) -> list[object]:
         found: list[object] = []
         for position, template in enumerate(templates):
             tensor = tensors[position]
-            if self._encode is None:
-                found.append(_copied(template, tensor))
-                continue
             pointer = tensor.data_ptr()  # type: ignore[union-attr]
             encoded = self._encoded[position]
             parameters = encoded.get(pointer)
             if parameters is None:
                 if len(encoded) >= MOST_ENCODED:
                     encoded.clear()
-                parameters = self._encode(position, _copied(template, tensor))
+                parameters = encode(position, _copied(template, tensor))
                 encoded[pointer] = parameters
             found += parameters
         return found

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from longctx_triton.kernels.merge_parts import merge_plan
 from longctx_triton.launch.device import Device
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.prepared import Launches, Prepared
+from longctx_triton.launch.scratch import Pieces
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale
 
@@ -16,11 +23,22 @@ LEAST_TILES = 4
 """Key tiles that are worth a part of their own."""
 
 
+MOST_SHARDS = 4
+"""Shards of one launch."""
+
+
 class ShardLaunch(NamedTuple):
-    """The launch of ``star_query_kernel`` over one shard, and the shard's number."""
+    """The launch of ``star_query_kernel`` over some shards, and their numbers."""
 
     attend: Prepared
-    number: int
+    numbers: tuple[int, ...]
+
+    def inputs(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return keys and values of the shards, and None for those that there might be."""
+        found: list[Tensor | None] = []
+        for n in self.numbers:
+            found += (keys[n], values[n])
+        return found + [None] * (2 * MOST_SHARDS - len(found))
 
 
 class StarQueryPlan(NamedTuple):
@@ -30,16 +48,17 @@ class StarQueryPlan(NamedTuple):
     ----------
     shards : tuple of ShardLaunch
         Of the shards that hold keys.
-    parts : int
-        Parts of all shards, which are merged at the end; 0 where every shard goes on from the
-        result of the one before.
-    memory : tuple of int
-        Numbers, fp32, of every shard's partial results, then of their log-sum-exps.
+    merged : Launches or None
+        Of their parts, and of ``merge_parts_kernel``: of q, every launch's `ShardLaunch.inputs`,
+        the parts' results and log-sum-exps, and the results. None where every shard goes on from
+        the result of the one before.
+    memory : Pieces
+        Of the parts' results, then of their log-sum-exps.
     """
 
     shards: tuple[ShardLaunch, ...]
-    parts: int
-    memory: tuple[int, ...]
+    merged: Launches | None
+    memory: Pieces
 
 
 @lru_cache(maxsize=512)
@@ -80,33 +99,71 @@ def star_query_plan(
     numbers = [n for n, shape in enumerate(k_shapes) if shape[1]]
     chained = units >= device.processors or (len(numbers) == 1 and most_parts == 1)
     scale_log2, q_factor = signed_scale(scale)
-    shards, parts = [], []
-    for n in numbers:
-        k_len = k_shapes[n][1]
-        n_parts, span = 1, k_len
+    shards = []
+    parts = 0
+    for together in [[n] for n in numbers] if chained else _alike(numbers, k_strides, v_strides):
+        lengths = [k_shapes[n][1] for n in together]
+        span, ends = lengths[0], [1]
         if not chained:
-            key_tiles = -(-k_len // tiles.keys)
-            wanted = max(1, min(most_parts, key_tiles // LEAST_TILES))
-            span = -(-key_tiles // wanted) * tiles.keys
-            n_parts = -(-k_len // span)
-        parts.append(n_parts)
+            span = _span(max(lengths), tiles.keys, most_parts)
+            ends = list(accumulate(-(-length // span) for length in lengths))
+        first, spare = together[0], (0,) * (MOST_SHARDS - len(together))
         attend = Prepared(
-            (units, n_parts),
+            (units, ends[-1]),
             (
-                *q_strides[:3], *k_strides[n][:3], *v_strides[n][:3],
-                q_len, k_len, batch, batch * kv_heads, kv_heads, span, scale_log2, q_factor,
+                *q_strides[:3], *k_strides[first][:3], *v_strides[first][:3],
+                q_len, *lengths, *spare, parts, *ends[:-1], *spare,
+                batch, batch * kv_heads, kv_heads, span, scale_log2, q_factor,
             ),
             {
                 "GROUP": group, "D": head_dim, "DV": value_dim,
                 "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(value_dim),
                 "SIGNED": q_factor != 1.0, "BM": tiles.queries, "BN": tiles.keys,
-                "CAUSAL": n == query_shard, "RESUME": chained and n != numbers[0],
+                "SHARDS": len(together),
+                "CAUSAL": together.index(query_shard) if query_shard in together else -1,
+                "RESUME": chained and first != numbers[0],
                 "num_warps": tiles.warps, "num_stages": tiles.stages,
             },
         )  # fmt: skip
-        shards.append(ShardLaunch(attend, n))
+        shards.append(ShardLaunch(attend, tuple(together)))
+        parts += 0 if chained else ends[-1]
     if chained:
-        return StarQueryPlan(tuple(shards), 0, ())
-    entries = batch * q_len * heads
-    memory = (*(p * entries * value_dim for p in parts), *(p * entries for p in parts))
-    return StarQueryPlan(tuple(shards), sum(parts), memory)
+        return StarQueryPlan(tuple(shards), None, ())
+    steps, own = [], 1
+    end = 1 + 2 * MOST_SHARDS * len(shards)
+    for shard in shards:
+        inputs = range(own, own + 2 * MOST_SHARDS)
+        steps.append((shard.attend, (0, *inputs, end, end + 1, end, end + 1)))
+        own = inputs.stop
+    merge = merge_plan(parts, (batch, q_len, heads, value_dim), False)
+    steps.append((merge, (end, end + 1, end + 3, end + 2, end + 3)))
+    rows = parts * batch * q_len * heads
+    memory = ((rows * value_dim, torch.float32), (rows, torch.float32))
+    return StarQueryPlan(tuple(shards), Launches(*steps), memory)
+
+
+def _alike(
+    numbers: list[int],
+    k_strides: tuple[tuple[int, ...], ...],
+    v_strides: tuple[tuple[int, ...], ...],
+) -> list[list[int]]:
+    """Return shards that one launch takes: neighbours of the same strides."""
+    found: list[list[int]] = []
+    for n in numbers:
+        last = found[-1] if found else []
+        if (
+            last
+            and len(last) < MOST_SHARDS
+            and ((k_strides[n], v_strides[n]) == (k_strides[last[0]], v_strides[last[0]]))
+        ):
+            last.append(n)
+        else:
+            found.append([n])
+    return found
+
+
+def _span(k_len: int, tile: int, most_parts: int) -> int:
+    """Return how many keys of a shard a part takes."""
+    tiles = -(-k_len // tile)
+    wanted = max(1, min(most_parts, tiles // LEAST_TILES))
+    return -(-tiles // wanted) * tile

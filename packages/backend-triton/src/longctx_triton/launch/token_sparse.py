@@ -6,10 +6,13 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from longctx_triton.kernels.select_rows import CHUNK
+import torch
+
+from longctx_triton.kernels.select_rows import CHUNK, choose_plans, found_size
 from longctx_triton.launch.device import SMALL_SHARED, Device
-from longctx_triton.launch.prepared import Prepared
-from longctx_triton.launch.sizes import aligned, padded
+from longctx_triton.launch.prepared import Launches, Prepared
+from longctx_triton.launch.scratch import Pieces
+from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import attention_tiles, signed_scale, token_tiles
 
 __all__ = ["MassPlan", "ScorePlan", "attend_plan", "mass_plan", "score_plan"]
@@ -20,19 +23,15 @@ class ScorePlan(NamedTuple):
 
     Attributes
     ----------
-    statistics, merge, share : Prepared
-        Of the kernels of these names.
-    pool : Prepared or None
-        Of ``pool_kernel``; None where nothing is pooled.
-    memory : tuple of int
-        Numbers, fp32, of partial sums, of their totals and, where they are pooled, of shares.
+    score : Launches
+        Of ``statistics_kernel``, ``merge_statistics_kernel``, ``share_kernel`` and, if anything is
+        pooled, ``pool_kernel``: of the queries, the keys, the memory and the scores.
+    memory : Pieces
+        Of partial sums, of their totals and, where they are pooled, of shares.
     """
 
-    statistics: Prepared
-    merge: Prepared
-    share: Prepared
-    pool: Prepared | None
-    memory: tuple[int, ...]
+    score: Launches
+    memory: Pieces
 
 
 @lru_cache(maxsize=512)
@@ -72,33 +71,30 @@ def score_plan(
     strides = (*q_strides[:3], *k_strides[:3])
     shape = {"GROUP": group, "D": head_dim, "BLOCK_D": padded(head_dim)}
     key_block = 32 if device.interpreted else 64 if device.arch in SMALL_SHARED else 128
-    memory = [aligned(batch * heads * parts * window), aligned(batch * heads * window)]
-    pooled = None
+    memory = [batch * heads * parts * window, batch * heads * window]
+    statistics = Prepared(
+        (units * row_tiles, parts),
+        (*strides, window, k_len, units, kv_heads, span, scale_log2, q_factor),
+        {
+            **shape, "BM": rows.queries, "BN": rows.keys,
+            "num_warps": rows.warps, "num_stages": rows.stages,
+        },
+    )  # fmt: skip
+    merge = Prepared((batch * heads,), (window, parts), {"BLOCK_W": 128})
+    share = Prepared(
+        (units * -(-prefix // key_block),),
+        (*strides, window, prefix, units, kv_heads, scale_log2, q_factor),
+        {
+            **shape, "BW": min(64, padded(window)), "BN": key_block,
+            "num_warps": 4, "num_stages": columns.stages,
+        },
+    )  # fmt: skip
+    steps = [(statistics, (0, 1, 2)), (merge, (2, 3)), (share, (0, 1, 3, 4))]
     if pool > 1:
         memory.append(batch * heads * prefix)
         grid = (batch * heads, -(-prefix // CHUNK))
-        pooled = Prepared(grid, (prefix,), {"POOL": pool, "BLOCK": CHUNK})
-    return ScorePlan(
-        Prepared(
-            (units * row_tiles, parts),
-            (*strides, window, k_len, units, kv_heads, span, scale_log2, q_factor),
-            {
-                **shape, "BM": rows.queries, "BN": rows.keys,
-                "num_warps": rows.warps, "num_stages": rows.stages,
-            },
-        ),
-        Prepared((batch * heads,), (window, parts), {"BLOCK_W": 128}),
-        Prepared(
-            (units * -(-prefix // key_block),),
-            (*strides, window, prefix, units, kv_heads, scale_log2, q_factor),
-            {
-                **shape, "BW": min(64, padded(window)), "BN": key_block,
-                "num_warps": 4, "num_stages": columns.stages,
-            },
-        ),
-        pooled,
-        tuple(memory),
-    )  # fmt: skip
+        steps.append((Prepared(grid, (prefix,), {"POOL": pool, "BLOCK": CHUNK}), (4, 5)))
+    return ScorePlan(Launches(*steps), tuple((count, torch.float32) for count in memory))
 
 
 class MassPlan(NamedTuple):
@@ -106,33 +102,43 @@ class MassPlan(NamedTuple):
 
     Attributes
     ----------
-    means, keep : Prepared
-        Of ``head_mean_kernel`` and ``keep_count_kernel``.
-    memory : tuple of int
-        Numbers, fp64, of mean scores and of their sums.
+    choose : Launches
+        Of ``head_mean_kernel``, ``keep_count_kernel``, ``row_threshold_kernel`` and
+        ``row_emit_kernel``: of the scores, the memory, the indices and the counts.
+    memory : Pieces
+        Of mean scores, of their sums, of the numbers to keep, and of what is found of each row.
     """
 
-    means: Prepared
-    keep: Prepared
-    memory: tuple[int, int]
+    choose: Launches
+    memory: Pieces
 
 
 @lru_cache(maxsize=512)
 def mass_plan(
-    shape: tuple[int, ...], strides: tuple[int, ...], drop_mass: float, min_tokens: int
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    drop_mass: float,
+    min_tokens: int,
+    recent: int,
 ) -> MassPlan:
     """Return the launches for scores ``(batch, heads, length)`` of these strides."""
     batch, heads, length = shape
     chunks = -(-length // CHUNK)
-    return MassPlan(
-        Prepared((chunks, batch), (*strides[:2], length, heads), {"BLOCK": CHUNK}),
-        Prepared(
-            (batch,),
-            (length, chunks, math.ceil(drop_mass * 2**52), min_tokens),
-            {"BLOCK": 4096, "num_warps": 16},
-        ),
-        (aligned(batch * length), batch * chunks),
+    means = Prepared((chunks, batch), (*strides[:2], length, heads), {"BLOCK": CHUNK})
+    keep = Prepared(
+        (batch,),
+        (length, chunks, math.ceil(drop_mass * 2**52), min_tokens),
+        {"BLOCK": 4096, "num_warps": 16},
     )
+    threshold, emit = choose_plans(shape, strides, 0, length + recent, recent, True, True)
+    return MassPlan(
+        Launches((means, (0, 1, 2)), (keep, (1, 2, 3)), (threshold, (0, 3, 4)),
+                 (emit, (0, 4, 5, 6))),
+        (
+            (batch * length, torch.float64), (batch * chunks, torch.float64),
+            (batch, torch.int32), (found_size(batch, heads, length), torch.int32),
+        ),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=512)

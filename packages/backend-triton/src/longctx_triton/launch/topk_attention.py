@@ -6,9 +6,13 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
+from longctx_triton.kernels.merge_parts import merge_plan
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.dsa_tiles import list_tiles
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.prepared import Launches, Prepared
+from longctx_triton.launch.scratch import Pieces
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import signed_scale
 
@@ -21,16 +25,17 @@ class ListPlan(NamedTuple):
     Attributes
     ----------
     attend : Prepared
-        Of ``list_attention_kernel``.
-    parts : int
-        Parts of the lists, which are merged where there are several.
-    memory : tuple of int
-        Numbers, fp32, of the parts' results and of their log-sum-exps.
+        Of ``list_attention_kernel``, over whole lists.
+    merged : Launches or None
+        The same over parts of lists, and of ``merge_parts_kernel``: of q, k, v, the lists, the
+        sinks, the parts' results and log-sum-exps, and the results.
+    memory : Pieces
+        Of the parts' results and of their log-sum-exps.
     """
 
     attend: Prepared
-    parts: int
-    memory: tuple[int, int]
+    merged: Launches | None
+    memory: Pieces
 
 
 @lru_cache(maxsize=512)
@@ -97,5 +102,9 @@ def list_plan(
             "num_warps": tiles.warps, "num_stages": tiles.stages,
         },
     )  # fmt: skip
+    if parts == 1:
+        return ListPlan(attend, None, ())
     rows = parts * math.prod(q_shape[:3])
-    return ListPlan(attend, parts, (rows * value_dim, rows))
+    merge = merge_plan(parts, (batch, q_len, heads, value_dim), sinks)
+    merged = Launches((attend, (0, 1, 2, 3, 4, 5, 6)), (merge, (5, 6, 4, 7, 8)))
+    return ListPlan(attend, merged, ((rows * value_dim, torch.float32), (rows, torch.float32)))

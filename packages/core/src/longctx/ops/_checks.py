@@ -76,6 +76,8 @@ def check_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check ``q [B, Sq, Hq, D]``, ``k [B, Sk, Hkv, D]``, ``v [B, Sk, Hkv, Dv]``."""
+    if _fit(q, k, v):
+        return
     check_axes("q", q, "batch, q_len, q_heads, head_dim")
     check_axes("k", k, "batch, k_len, kv_heads, head_dim")
     check_axes("v", v, "batch, k_len, kv_heads, value_dim")
@@ -95,6 +97,27 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_same("kv_heads", "k", kv_heads, "v", v_heads)
     check_same("head_dim", "q", head_dim, "k", k_dim)
     check_heads(q_heads, kv_heads)
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether inputs pass without a closer look, which takes longer and finds words."""
+    try:
+        batch, _, q_heads, head_dim = q.shape
+        k_batch, k_len, kv_heads, k_dim = k.shape
+        v_batch, v_len, v_heads, _ = v.shape
+        return (
+            q.stride(3) == k.stride(3) == v.stride(3) == 1
+            and q.dtype == k.dtype == v.dtype
+            and q.device == k.device == v.device
+            and batch == k_batch == v_batch
+            and k_len == v_len
+            and head_dim == k_dim
+            and kv_heads == v_heads
+            and kv_heads > 0
+            and q_heads % kv_heads == 0
+        )
+    except (AttributeError, TypeError, ValueError):  # not tensors, or of other ranks
+        return False
 
 
 def check_heads(q_heads: int, kv_heads: int) -> None:

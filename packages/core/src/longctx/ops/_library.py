@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["call", "define", "needs_gradient"]
+__all__ = ["call", "define", "detached", "needs_gradient"]
 
 _LIBRARY = torch.library.Library("longctx", "DEF")  # type: ignore[no-untyped-call]
 
@@ -61,7 +61,16 @@ def define(
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether autograd records and one of the tensors asks for a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor without its gradient: itself where it has none."""
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def call(

@@ -6,7 +6,7 @@ of the call. What a check can see without reading values is the key of what pass
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
 
@@ -40,17 +40,7 @@ def check_once(check: Callable[..., None], *args: Any) -> None:
         if args[0].is_cpu:
             key = None
         else:
-            key = (
-                check,
-                *[
-                    (a.shape, a.stride(), a.dtype, a.device, a.requires_grad)
-                    if isinstance(a, Tensor)
-                    else a
-                    if type(a) in _PLAIN
-                    else _facts(a)
-                    for a in args
-                ],
-            )
+            key = (check, *_known(args))
             if key in _passed and not switched_on("LONGCTX_CHECK_VALUES"):
                 return
     except (AttributeError, TypeError):  # not a tensor, or of symbolic shape: never remembered
@@ -62,15 +52,22 @@ def check_once(check: Callable[..., None], *args: Any) -> None:
         _passed.add(key)
 
 
+def _known(values: Iterable[Any]) -> list[object]:
+    """Return what a check can know of values without reading tensors."""
+    return [
+        (v.shape, v.stride(), v.dtype, v.device, v.requires_grad)
+        if isinstance(v, Tensor)
+        else v
+        if type(v) in _PLAIN
+        else _facts(v)
+        for v in values
+    ]
+
+
 def _facts(value: Any) -> object:
-    """Return what a check can know of a value without reading tensors."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if type(value) in _PLAIN:
-        return value
     if isinstance(value, list | tuple):
-        return tuple(map(_facts, value))
+        return tuple(_known(value))
     # a plan: a dataclass of tensors and plain values; other things have no such fields
     if hasattr(type(value), "__dataclass_fields__"):
-        return type(value), *map(_facts, vars(value).values())
+        return type(value), *_known(vars(value).values())
     raise TypeError(f"a {type(value).__name__} is not remembered")

@@ -27,7 +27,7 @@ from longctx.ops._dsa_library import (
     select,
     select_op,
 )
-from longctx.ops._library import call, needs_gradient
+from longctx.ops._library import call, detached, needs_gradient
 from longctx.ops._once import check_once
 from longctx.plans import TopKPlan
 from longctx.protocols.attention import AttentionOutput
@@ -260,7 +260,7 @@ def index_topk(
     key_start, key_end = both_bounds(key_start, key_end, k8.shape[1])
     indices = call(
         select_op, select, False,
-        q8.detach(), k8.detach(), None if k_scale is None else k_scale.detach(), weights.detach(),
+        *(detached(t) for t in (q8, k8, k_scale, weights)),
         key_start, key_end, k, causal, deterministic, chosen,
     )  # fmt: skip
     return TopKPlan(indices.unsqueeze(2))
@@ -274,10 +274,9 @@ def _choose_indexer(
     gradient: bool,
     backend: str | BoundBackend | None,
 ) -> str:
-    used = (
-        ("fp8", q.dtype == FP8),
-        ("key-range", key_start is not None or key_end is not None),
-    )
+    features: tuple[str, ...] = ("fp8",) if q.dtype == FP8 else ()
+    if key_start is not None or key_end is not None:
+        features += ("key-range",)
     return choose(
         op,
         q,
@@ -285,7 +284,7 @@ def _choose_indexer(
         value_dim=q.shape[3],
         q_heads=q.shape[2],
         kv_heads=1,
-        features=tuple(name for name, on in used if on),
+        features=features,
         gradient=gradient,
         backend=backend,
     )
@@ -372,12 +371,13 @@ def topk_attention_with_lse(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling():
         check_once(check_topk_inputs, q, k, v, plan, scale, sinks)
-    used = (
-        ("mla", v.shape[3] < q.shape[3]),
-        ("sinks", sinks is not None),
-        ("pages", plan.page_size > 1),
-        ("per-kv-head", plan.head_axis == "kv"),
-    )
+    features: tuple[str, ...] = ("mla",) if v.shape[3] < q.shape[3] else ()
+    if sinks is not None:
+        features += ("sinks",)
+    if plan.page_size > 1:
+        features += ("pages",)
+    if plan.head_axis == "kv":
+        features += ("per-kv-head",)
     gradient = needs_gradient(q, k, v, sinks)
     chosen = choose(
         "topk_attention",
@@ -386,7 +386,7 @@ def topk_attention_with_lse(
         value_dim=v.shape[3],
         q_heads=q.shape[2],
         kv_heads=k.shape[2],
-        features=tuple(name for name, on in used if on),
+        features=features,
         gradient=gradient,
         backend=backend,
     )

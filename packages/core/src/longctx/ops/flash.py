@@ -149,8 +149,9 @@ def flash_attention_with_lse(
     if not torch.compiler.is_compiling():
         # as cheap as looking up whether inputs like these passed before
         _check(q, k, v, sinks, scale, softcap, cu_seqlens_q, cu_seqlens_k)
-        for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
-            _check_descale(name, descale, q, k)
+        if not (q_descale is k_descale is v_descale is None):
+            for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
+                _check_descale(name, descale, q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     features = _features(left, right, softcap, sinks, cu_seqlens_q, q.dtype)
     gradient = needs_gradient(q, k, v, sinks)
@@ -185,14 +186,18 @@ def _features(
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[str, ...]:
-    used = (
-        ("window", left is not None or right is not None),
-        ("softcap", softcap > 0),
-        ("sinks", sinks is not None),
-        ("varlen", cu_seqlens is not None),
-        ("fp8", dtype == FP8),
-    )
-    return tuple(name for name, on in used if on)
+    used: tuple[str, ...] = ()
+    if left is not None or right is not None:
+        used += ("window",)
+    if softcap > 0:
+        used += ("softcap",)
+    if sinks is not None:
+        used += ("sinks",)
+    if cu_seqlens is not None:
+        used += ("varlen",)
+    if dtype == FP8:
+        used += ("fp8",)
+    return used
 
 
 def _check(
@@ -209,7 +214,8 @@ def _check(
     if scale is not None:
         check_scale(scale)
     check_softcap(softcap)
-    check_sinks(sinks, q, q.shape[2])
+    if sinks is not None:
+        check_sinks(sinks, q, q.shape[2])
     if cu_seqlens_k is not None:
         if cu_seqlens_q is None:
             raise ValueError("cu_seqlens_k was given without cu_seqlens_q: give both")
@@ -261,21 +267,11 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = primitive(backend, "flash_forward")(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_left=window_left,
-        window_right=window_right,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-    )
+        q, k, v, causal=causal, window_left=window_left, window_right=window_right,
+        softcap=softcap, sinks=sinks, scale=scale,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
     return result
 
 

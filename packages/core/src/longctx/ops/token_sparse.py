@@ -16,7 +16,7 @@ from longctx._compact import (
     valid_slots,
 )
 from longctx.dispatch import BoundBackend, choose
-from longctx.ops._library import call, needs_gradient
+from longctx.ops._library import call, detached, needs_gradient
 from longctx.ops._once import check_once
 from longctx.ops._token_sparse_checks import (
     check_score_inputs,
@@ -41,6 +41,12 @@ __all__ = [
     "token_sparse_attention",
     "token_sparse_attention_with_lse",
 ]
+
+_HEAD_FEATURES: dict[HeadAxis, tuple[str, ...]] = {
+    "shared": (),
+    "kv": ("per-kv-head",),
+    "query": ("per-query-head",),
+}
 
 
 def token_scores(
@@ -182,7 +188,7 @@ def select_tokens(
         backend=backend,
     )
     indices, counts = call(
-        select_op, select, False, scores.detach(), float(drop_mass), min_tokens, recent, chosen
+        select_op, select, False, detached(scores), float(drop_mass), min_tokens, recent, chosen
     )
     return TokenSetPlan(indices, counts, head_axis)
 
@@ -322,11 +328,9 @@ def _dispatch(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if plan.scope == "kv":
         return _attend_columns(q, k, v, plan, scale, backend)
-    used = (
-        ("per-kv-head", plan.head_axis == "kv"),
-        ("per-query-head", plan.head_axis == "query"),
-        ("mla", v.shape[3] < q.shape[3]),
-    )
+    features = _HEAD_FEATURES[plan.head_axis]
+    if v.shape[3] < q.shape[3]:
+        features += ("mla",)
     gradient = needs_gradient(q, k, v)
     chosen = choose(
         "token_sparse_attention",
@@ -335,7 +339,7 @@ def _dispatch(
         value_dim=v.shape[3],
         q_heads=q.shape[2],
         kv_heads=k.shape[2],
-        features=tuple(name for name, on in used if on),
+        features=features,
         gradient=gradient,
         backend=backend,
     )

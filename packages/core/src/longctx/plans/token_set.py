@@ -44,6 +44,14 @@ class TokenSetPlan:
     scope: Literal["qkv", "kv"] = "qkv"
 
     def __post_init__(self) -> None:
+        indices, counts = self.indices, self.counts
+        if (
+            indices.dtype == counts.dtype == torch.int32
+            and indices.ndim == 3
+            and counts.shape == indices.shape[:-1]
+        ):
+            return
+        # what does not fit is looked for one by one
         check_int32("TokenSetPlan", indices=self.indices, counts=self.counts)
         check_rank("TokenSetPlan", "indices", self.indices, "batch, heads, capacity")
         check_rank("TokenSetPlan", "counts", self.counts, "batch, heads")
