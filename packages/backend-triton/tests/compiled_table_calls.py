@@ -253,6 +253,7 @@ CASES: dict[str, Callable[[], None]] = {
     "flash 256": partial(flash_case, 256),
     "flash backward 256": partial(flash_case, 256, backward=True),
     "decode 256": partial(decode_case, 256),
+    "stripe sparse 96": partial(stripe_sparse_case, 96),
     "index scores": index_scores_case,
     "index scores fp8": partial(index_scores_case, fp8=True),
     "index scores fp8 one token": partial(index_scores_case, fp8=True, tokens=1),

@@ -139,7 +139,9 @@ def test_stripes_equal_oracle(device, axis, q_len, k_len, n_vertical, slash):
     check(q, k, v, stripe_plan(device, axis, k_len, n_vertical, slash))
 
 
-def test_stripe_columns_that_nobody_chose_may_hold_anything(device):
+def test_stripe_columns_that_nobody_chose_may_hold_anything(device, monkeypatch):
+    # Hopper's kernel reads whole blocks: of a tile's own positions, and of each band it walks
+    monkeypatch.setenv("LONGCTX_TRITON_FLASH", "portable")
     q, k, v = inputs(device, 40, 100)
     plan = stripe_plan(device, "shared", 100, 6, [])
     chosen = plan.vertical[..., :7].flatten().long()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import types
-
 import hopper_simulator as play
 import pytest
 import torch
+from simulated_kernel import Simulated
 
 from longctx import BlockPlan, WindowPlan
 from longctx.reference import block_sparse as blocks_oracle
@@ -23,75 +21,6 @@ from longctx_triton.kernels.walk_list import walk_list_kernel
 from longctx_triton.launch import flash_hopper as flash_launch
 from longctx_triton.launch import key_walk_hopper as launch
 from longctx_triton.launch.device import Device
-
-
-def load(pointer, mask=True, other=0):
-    offset = torch.as_tensor(pointer.offset).long()
-    mask = torch.as_tensor(mask)
-    offset = torch.where(mask, offset, 0)
-    flat = pointer.data.view(-1)
-    assert ((offset >= 0) & (offset < flat.numel())).all()
-    return torch.where(mask, flat[offset], other)
-
-
-def hide(scores, bounds, after):
-    columns = torch.arange(scores.shape[1])
-    keep = columns <= bounds[:, None] if after else columns >= bounds[:, None]
-    return torch.where(keep, scores, -torch.inf)
-
-
-class Simulated:
-    """A kernel, called as Triton's is, program after program in this process."""
-
-    def __init__(self, kernel):
-        names = {
-            name: types.FunctionType(item.fn.__code__, {})
-            for module in (flash_hopper_softmax, flash_hopper, key_walk, key_walk_hopper)
-            for name, item in vars(module).items()
-            if hasattr(item, "fn") and hasattr(item.fn, "__code__")
-        }
-        world = {
-            **names,
-            "gl": types.SimpleNamespace(**{**vars(play.LANGUAGE), "load": load}),
-            "tma": types.SimpleNamespace(store_wait=play.store_wait),
-            "mbarrier": play.MBARRIER,
-            "fence_async_shared": play.quiet,
-            "warpgroup_mma": play.warpgroup_mma,
-            "warpgroup_mma_wait": play.warpgroup_mma_wait,
-            "async_load": lambda d, c, b, m: play.async_load(d, c, play.Shared(play.row(b)), m),
-            "async_store": play.async_store,
-            "_depth": play.quiet,
-            "_exp2": lambda t, _poly: torch.exp2(t),
-            "faded": lambda t, fade, _lazy: t * fade[:, None],
-            "hide": hide,
-            "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
-            "ROW_THREADS": None,
-            "float": float,
-            "_ROWS": launch.ROWS,
-            "_LOG2E": math.log2(math.e),
-            "_LN2": math.log(2),
-        }
-        for item in names.values():
-            item.__globals__.update(world)
-        self.function = names[kernel]
-        self.launches = 0
-
-    def __getitem__(self, grid):
-        def start(*args, num_warps, **constants):
-            self.launches += 1
-            assert num_warps == 4
-            given = [self.argument(value) for value in args]
-            for program in range(grid[0]):
-                play.GEOMETRY.program, play.GEOMETRY.programs = program, grid[0]
-                self.function(*given, **constants)
-
-        return start
-
-    @staticmethod
-    def argument(value):
-        if isinstance(value, int):
-            return torch.tensor(value)
-        return play.Pointer(value) if isinstance(value, torch.Tensor) else value
 
 
 class ListKernel:
@@ -125,7 +54,8 @@ class ListKernel:
 @pytest.fixture
 def hopper(monkeypatch):
     """Pretend that the CPU is a Hopper GPU of three multiprocessors."""
-    kernel = Simulated("key_walk_hopper_kernel")
+    modules = (flash_hopper_softmax, flash_hopper, key_walk, key_walk_hopper)
+    kernel = Simulated("key_walk_hopper_kernel", *modules)
     device = Device((9, 0), 3, 1 << 16)
     monkeypatch.setattr(launch, "key_walk_hopper_kernel", kernel)
     monkeypatch.setattr(launch, "walk_list_kernel", ListKernel())

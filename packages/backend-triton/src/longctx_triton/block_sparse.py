@@ -158,7 +158,15 @@ def stripe_sparse_forward(
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
-    tile = stripe_tile(head_dim, value_dim, device_of(q.device).arch)
+    device = device_of(q.device)
+    if device.runs_gluon:
+        from longctx_triton.launch.stripe_walk_hopper import stripe_walk_forward
+
+        if stripe_walk_forward(
+            device, q, k, v, out, lse, vertical, vertical_counts, slash, slash_counts, scale=scale
+        ):
+            return out, lse
+    tile = stripe_tile(head_dim, value_dim, device.arch)
     sets_a_batch, n_vertical, n_slash = vertical.shape[1], vertical.shape[2], slash.shape[2]
     sets = batch * sets_a_batch
     groups = -(-k_len // tile.queries) + 1

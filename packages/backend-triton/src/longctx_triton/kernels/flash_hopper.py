@@ -26,6 +26,7 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     faded,
     hide,
 )
+from longctx_triton.kernels.stripe_bits import keep, kept_words
 
 __all__ = ["ROWS", "advance", "copy_block", "flash_hopper_kernel", "share"]
 
@@ -122,7 +123,7 @@ def _feed(
 @gluon.jit
 def advance(
     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other,
-    step, beat, first, limits, lows, scale2,
+    step, beat, first, limits, lows, kept, BANDS: gl.constexpr, scale2,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
     LAZY: gl.constexpr, POLY: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
@@ -130,7 +131,8 @@ def advance(
     """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
 
     On entry those values have landed, and ``b_o`` has still to fade by ``b_fade``. ``limits`` and
-    ``lows`` (or None) are the last and first keys that the rows see, ``first`` the block's first.
+    ``lows`` (or None) are the last and first keys that the rows see, ``first`` the block's first;
+    ``kept`` (or None) is what `stripe_bits.kept_words` takes of a band or of columns.
     """
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     slot = step % STAGES
@@ -148,10 +150,14 @@ def advance(
     o_token = warpgroup_mma(b_p, v, b_o, is_async=True)
     if PING_PONG:
         mbarrier.arrive(other, count=1)
+    if kept is not None:
+        b_kept = kept_words(kept, BANDS, s_layout)
     b_s = warpgroup_mma_wait(1, deps=(s_token,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     if MASKED and lows is not None:
         b_s = hide(b_s, lows - first, False)
+    if kept is not None:
+        b_s = keep(b_s, b_kept)
     b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED, POLY)
     # The assembler moves a bare wait for the product above the exponentials, and nothing
     # overlaps; it does not move one across the branch of this wait.
@@ -234,7 +240,7 @@ def _consume(
                 b_p, b_o, b_m, b_l, b_fade = advance(
                     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                     mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, None,
-                    scale2,
+                    None, True, scale2,
                     G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
                     LAZY, POLY, s_layout, o_layout,
                 )  # fmt: skip
@@ -242,7 +248,7 @@ def _consume(
         for i in range(masked_end, blocks):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                mine, other, step + i, beat, 0, limits, None, scale2,
+                mine, other, step + i, beat, 0, limits, None, None, True, scale2,
                 G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, False, PING_PONG,
                 LAZY, POLY, s_layout, o_layout,
             )  # fmt: skip

@@ -30,9 +30,9 @@ def block_softmax(
 ):  # fmt: skip
     """Return ``(P, running maximum, running sum, fading factor)`` in base 2.
 
-    ``limits`` are the last keys that the rows see.
+    ``limits`` (or None) are the last keys that the rows see.
     """
-    if MASKED:
+    if MASKED and limits is not None:
         b_s = hide(b_s, limits - first, True)
     b_top = gl.maximum(b_m, gl.max(b_s, 1) * scale2)
     b_shift = b_top

@@ -173,13 +173,14 @@ def _consume(
             b_low, b_high = _limits(bounds, i, o_q, highest, LIST, BY_BLOCK, CAUSAL)
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, first, b_high, None if LIST else b_low, scale2,
+                None, None, step + i, 0, first, b_high, None if LIST else b_low,
+                None, True, scale2,
                 G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, True, False, LAZY, 0, s_layout, o_layout,
             )  # fmt: skip
         for i in range(masked, steps):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, 0, b_high, None, scale2,
+                None, None, step + i, 0, 0, b_high, None, None, True, scale2,
                 G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, False, LAZY, 0, s_layout, o_layout,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(G), count=1)

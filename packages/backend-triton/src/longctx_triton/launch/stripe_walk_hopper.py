@@ -1,0 +1,197 @@
+"""When and how key columns and diagonals run on Hopper."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longctx_triton.kernels.flash_hopper import ROWS
+from longctx_triton.kernels.stripe_tables import (
+    gather_columns_kernel,
+    stripe_bits_kernel,
+    stripe_lists_kernel,
+)
+from longctx_triton.kernels.stripe_walk_hopper import stripe_walk_hopper_kernel
+from longctx_triton.launch.device import Device
+from longctx_triton.launch.flash_hopper import copyable, rows_block
+from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.sizes import heads_in_cache
+from longctx_triton.launch.tuning import tuned
+
+__all__ = ["StripeWalkTiles", "stripe_walk_forward", "stripe_walk_tiles"]
+
+_HALF = (torch.bfloat16, torch.float16)
+_TILE = 2 * ROWS
+WORDS = 32
+"""Words of a bitmap that a program writes."""
+ENTRIES = 1024
+"""Stripes that it reads at a time."""
+CHUNK = 32
+"""Groups of 128 keys that the lists take at a time."""
+GATHERED = 64
+"""Columns that a program copies."""
+
+
+class StripeWalkTiles(NamedTuple):
+    """Sizes of the kernel, whose tiles are squares of 128.
+
+    Attributes
+    ----------
+    stages : int
+        Steps of keys and of values in flight.
+    registers : int
+        Registers of a thread of the second consumer.
+    lazy : bool
+        Whether a warp whose maxima have not risen leaves its output as it is.
+    """
+
+    stages: int
+    registers: int
+    lazy: bool
+
+
+@tuned("stripe_walk")
+def stripe_walk_tiles(head_dim: int) -> StripeWalkTiles:
+    """Return the sizes for a head size of 64 or 128."""
+    return StripeWalkTiles(2 if head_dim == 128 else 3, 240, True)
+
+
+class _Plan(NamedTuple):
+    """What a call takes but for its tensors.
+
+    Attributes
+    ----------
+    tables, lists, columns : tuple of int
+        Shapes of what the kernels keep between them.
+    bits, order, gather, attend : Prepared
+        The kernels that make bitmaps, lists, the columns' copies, and the result.
+    """
+
+    tables: tuple[int, ...]
+    lists: tuple[int, ...]
+    columns: tuple[int, ...]
+    bits: Prepared
+    order: Prepared
+    gather: Prepared
+    attend: Prepared
+
+
+def stripe_walk_forward(
+    device: Device,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    vertical: Tensor,
+    vertical_counts: Tensor,
+    slash: Tensor,
+    slash_counts: Tensor,
+    *,
+    scale: float,
+) -> bool:
+    """Write ``out`` and ``lse`` of columns and diagonals; arguments as the primitive's.
+
+    The keys and values of the columns are copied, once for each set of stripes or each KV head,
+    whichever are more.
+
+    Returns
+    -------
+    bool
+        Whether it ran: for the types and head sizes of the kernel, and a positive scale.
+    """
+    head_dim = q.shape[3]
+    if not (
+        q.dtype in _HALF
+        and head_dim == v.shape[3]
+        and head_dim in (64, 128)
+        and k.shape[1] > 0
+        and scale > 0
+        and all(copyable(t) for t in (q, k, v))
+    ):
+        return False
+    plan = _plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.stride(),
+        vertical.shape, vertical.stride(), vertical_counts.stride(0),
+        slash.shape[2], slash.stride(), slash_counts.stride(0),
+        scale, device, stripe_walk_tiles(head_dim),
+    )  # fmt: skip
+    tables = q.new_empty(plan.tables, dtype=torch.int32)
+    lists = q.new_empty(plan.lists, dtype=torch.int32)
+    columns = q.new_empty(plan.columns)
+    plan.bits(stripe_bits_kernel, tables, vertical, vertical_counts, slash, slash_counts)
+    plan.order(stripe_lists_kernel, tables, lists)
+    plan.gather(gather_columns_kernel, k, v, columns, lists)
+    plan.attend(
+        stripe_walk_hopper_kernel, q, k, v, out, columns, lse, lists, tables.view(torch.int64)
+    )
+    return True
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    vertical_shape: tuple[int, ...],
+    vertical_strides: tuple[int, ...],
+    vertical_count_stride: int,
+    n_slash: int,
+    slash_strides: tuple[int, ...],
+    slash_count_stride: int,
+    scale: float,
+    device: Device,
+    sizes: StripeWalkTiles,
+) -> _Plan:
+    batch, q_len, q_heads, head_dim = q_shape
+    k_len, kv_heads = k_shape[1:3]
+    _, sets, n_vertical = vertical_shape
+    groups, capacity = -(-k_len // _TILE) + 1, max(1, min(n_vertical, k_len))
+    words, s_list, copies = 4 * (groups + 1), capacity + 6 * groups, max(sets, kv_heads)
+    tiles, units, group = -(-q_len // _TILE), batch * q_heads, q_heads // kv_heads
+    # query heads whose keys and values fit the cache go together
+    section = min(units, group * heads_in_cache(device.l2, k_len, 4 * head_dim))
+    out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
+    columns = (2 * batch, capacity, copies, head_dim)
+    column_strides = (copies * capacity * head_dim, head_dim, capacity * head_dim, 1)
+    eights = [stride // 8 for stride in (*k_strides[:3], *v_strides[:3])]
+    return _Plan(
+        (batch * sets, 2, words, 2),
+        (batch * sets, s_list),
+        (2 * batch, copies, capacity, head_dim),
+        Prepared(
+            (batch * sets, 2, words // WORDS + 1),
+            (*vertical_strides[:2], vertical_count_stride, *slash_strides[:2], slash_count_stride,
+             sets, k_len, groups, n_vertical, n_slash),
+            {"WORDS": WORDS, "ENTRIES": ENTRIES, "num_warps": 4},
+        ),
+        Prepared(
+            (batch * sets,), (groups, capacity, s_list), {"CHUNK": CHUNK, "num_warps": 8}
+        ),
+        Prepared(
+            (batch * copies, -(-capacity // GATHERED)),
+            (*eights, copies, copies // kv_heads, sets, copies // sets, groups, capacity, s_list),
+            {"D": head_dim, "ROWS": GATHERED, "num_warps": 4},
+        ),
+        Prepared(
+            (min(tiles * units, device.processors),),
+            (scale, tiles, units, section, q_heads, group, q_heads // copies, batch, q_len, k_len,
+             sets, q_heads // sets, groups, capacity, s_list),
+            {
+                "HEAD_DIM": head_dim, "STAGES": sizes.stages, "LAZY": sizes.lazy,
+                "REGISTERS": sizes.registers, "num_warps": 4,
+            },
+            (
+                rows_block(q_shape, q_strides, ROWS, 2),
+                rows_block(k_shape, k_strides, _TILE, 2),
+                rows_block(k_shape, v_strides, _TILE, 2),
+                rows_block(q_shape, out_strides, ROWS, 2),
+                rows_block(columns, column_strides, _TILE, 2),
+            ),
+        ),
+    )  # fmt: skip
