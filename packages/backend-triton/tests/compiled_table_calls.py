@@ -230,9 +230,12 @@ def select_tokens_case() -> None:
     )
 
 
-def token_sparse_case(dim: int) -> None:
-    """Attend among chosen tokens."""
-    token_sparse.token_sparse_forward(*heads_of(dim), ints(2, 32, LENGTH), ints(2, 32), scale=0.1)
+def token_sparse_case(dim: int, *, portable: bool = False) -> None:
+    """Attend among chosen tokens, with the Hopper kernel or without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LONGCTX_TRITON_FLASH", "portable" if portable else "")
+        sets = ints(2, 32, LENGTH), ints(2, 32)
+        token_sparse.token_sparse_forward(*heads_of(dim), *sets, scale=0.1)
 
 
 def merge_case(dim: int, dtype: torch.dtype, *, tokens: int = 7) -> None:
@@ -314,6 +317,7 @@ for _d in (64, 128):
         f"star query {_d} parts": partial(star_query_case, _d, tokens=1),
         f"token scores {_d}": partial(token_scores_case, _d),
         f"token sparse {_d}": partial(token_sparse_case, _d),
+        f"token sparse {_d} portable": partial(token_sparse_case, _d, portable=True),
         f"topk attention {_d}": partial(topk_attention_case, _d, _d, kv_heads=8),
         f"topk attention {_d} pages": partial(topk_attention_case, _d, _d, kv_heads=8, pages=64),
     }

@@ -147,7 +147,10 @@ TABLE = (
     ("row_threshold_kernel", PLAIN, "select tokens", "index topk large"),
     ("row_emit_kernel", PLAIN, "select tokens", "index topk large"),
     ("clear_rows_kernel", PLAIN, "token sparse 128", "token sparse 64"),
-    ("token_set_attention_kernel", DOT, "token sparse 128", "token sparse 64"),
+    ("token_set_attention_kernel", AMPERE, "token sparse 128", "token sparse 64"),
+    ("token_set_attention_kernel", HOPPER, "token sparse 128 portable",
+     "token sparse 64 portable"),
+    ("token_attention_hopper_kernel", GATHERING_GLUON, "token sparse 128", "token sparse 64"),
     ("quantize_kernel", PLAIN, "quantize", "quantize ue8m0"),
     ("index_score_kernel", DOT, "index scores; index scores fp8",
      "index scores fp8 one token; index scores ranged; index topk; index topk rows"),
@@ -204,7 +207,7 @@ def test_listing(kernel, case, arch, kinds):
             max_stack_bytes=stack,
             allowed_warnings=[warning] if warning else [],
         )
-        if kinds == GLUON["sm_90a"]:
+        if kinds == GLUON["sm_90a"] or kernel == "token_attention_hopper_kernel":
             assert OVERLAPPED in listing.ptx
             assert min(exponentials_between_waits(listing.sass)) >= 30, "softmax waits for values"
         if kernel == "flash_backward_hopper_kernel":

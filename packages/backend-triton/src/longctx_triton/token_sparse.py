@@ -64,9 +64,16 @@ def token_sparse_forward(
     out, lse = cleared(q, v.shape[3])
     if out.numel() == 0 or indices.numel() == 0:
         return out, lse
+    device = device_of(q.device)
+    if device.runs_gluon:
+        # Gluon is imported where it can run
+        from longctx_triton.launch.token_attention_hopper import token_attention_forward
+
+        if token_attention_forward(device, q, k, v, out, lse, indices, counts, scale=scale):
+            return out, lse
     plan = attend_plan(
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), indices.shape,
-        (*indices.stride()[:2], counts.stride(0)), scale, device_of(q.device),
+        (*indices.stride()[:2], counts.stride(0)), scale, device,
     )  # fmt: skip
     plan(token_set_attention_kernel, q, k, v, out, lse, indices, counts)
     return out, lse

@@ -106,6 +106,12 @@ MOVES: Mapping[str, tuple[Move, ...]] = {
         {"lazy": False},
         {"block_k": "/2", "stages": "*2"},
     ),
+    "token_walk": (
+        {"stages": "-1"},
+        {"stages": "+2"},
+        {"lazy": False},
+        {"registers": 232, "gather_registers": 40},
+    ),
 }
 """Changes of the code's own tiles, by the name of the choice: a handful each."""
 

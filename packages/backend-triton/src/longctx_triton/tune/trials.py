@@ -278,13 +278,12 @@ def _all_trials() -> list[Trial]:
     for dim in (128, 64):
         blocks, context = _bind(walk_blocks, dim, 32 * K), _bind(read_context, dim, 32 * K)
         window, by_head = _bind(slide, dim, 32 * K), _bind(slide, dim, 1000, by_head=True)
+        tokens = _bind(gather_tokens, dim, 32 * K)
         found += [
             _alone("block_list", f"D{dim} 32K density .25", _portably(blocks)),
             _alone("key_range", f"D{dim} window of 32K", _portably(window), _portably(by_head)),
             _alone("key_range_star", f"D{dim} 32K", _portably(context)),
-            _alone(
-                "token_attention", f"D{dim} a quarter of 32K", _bind(gather_tokens, dim, 32 * K)
-            ),
+            _alone("token_attention", f"D{dim} a quarter of 32K", _portably(tokens)),
         ]
     found += [
         _alone(
@@ -306,6 +305,8 @@ def _all_trials() -> list[Trial]:
         window, by_head = _bind(slide, dim, 32 * K), _bind(slide, dim, 1000, by_head=True)
         others = (by_head, _bind(walk_blocks, dim, 1024), _bind(read_context, dim, 2048))
         found.append(_alone("key_walk", f"D{dim} window of 32K", window, *others))
+        tokens = _bind(gather_tokens, dim, 32 * K)
+        found.append(_alone("token_walk", f"D{dim} a quarter of 32K", tokens))
     return found
 
 

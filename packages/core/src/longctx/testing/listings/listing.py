@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from longctx.testing.listings.carries import halves_of_one_register
 from longctx.testing.listings.instructions import INSTRUCTIONS, count_ptx, count_sass
 
 __all__ = ["SHARED_LIMITS", "Listing", "assert_listing"]
@@ -99,6 +100,8 @@ def assert_listing(
 ) -> Listing:
     """Fail with everything that is wrong with a compiled kernel; return the listing otherwise.
 
+    Machine code of a known fault of the assembler fails too: see `halves_of_one_register`.
+
     Parameters
     ----------
     listing : Listing
@@ -151,6 +154,10 @@ def assert_listing(
         f"{found} {what}, at most {most} allowed"
         for what, (found, most) in limits.items()
         if most is not None and found > most
+    ]
+    wrong += [
+        f"both halves of a sum from one register: {text}"
+        for text in halves_of_one_register(listing.sass or "")
     ]
     wrong += [
         f"assembler warning: {text}"
