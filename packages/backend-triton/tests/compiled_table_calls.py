@@ -106,10 +106,13 @@ def apart_decode_case(dim: int, **options: Any) -> None:
 
 def lightning_case(
     dim: int, *, batch: int = 1, heads: int = 16, tokens: int = 16384, packed: bool = False,
-    backward: bool = False,
+    backward: bool = False, padded: bool = False,
 ) -> None:  # fmt: skip
-    """Scan; one sequence of 16 heads is cut, four of 64 are not."""
-    q, k, v = (fake(batch, tokens, heads, dim) for _ in "qkv")
+    """Scan; one sequence of 16 heads is cut, four of 64 are not.
+
+    With ``padded``, strides are no multiples of 16.
+    """
+    q, k, v = (fake(batch, tokens, heads, dim + 8 * padded)[..., :dim] for _ in "qkv")
     state = floats(3 if packed else batch, heads, dim, dim)
     options: dict[str, Any] = {
         "scale": 0.1, "initial_state": state, "cu_seqlens": ints(4) if packed else None
@@ -303,6 +306,7 @@ for _d in (64, 128):
         f"lightning {_d} cut": partial(lightning_case, _d),
         f"lightning {_d} whole": partial(lightning_case, _d, batch=4, heads=66),
         f"lightning {_d} packed": partial(lightning_case, _d, packed=True),
+        f"lightning {_d} padded": partial(lightning_case, _d, padded=True),
         f"lightning backward {_d}": partial(lightning_case, _d, backward=True),
         f"lightning decode {_d}": partial(lightning_decode_case, _d),
         f"block sparse {_d}": partial(block_sparse_case, _d),

@@ -18,6 +18,7 @@ from longctx.testing.listings import (
     assert_listing,
     toolkit,
 )
+from longctx.testing.listings.carries import halves_of_one_register
 from longctx.testing.listings.instructions import count_ptx, count_sass
 from longctx.testing.listings.kernel import KernelCompileError, compute_capability, load_object
 from longctx.testing.listings.ptxas import read_report
@@ -237,6 +238,29 @@ def test_allowances():
     assert_listing(spilling, max_spill_bytes=16, allowed_warnings=["C7508"])
     with pytest.raises(AssertionError, match="C7508"):
         assert_listing(spilling, max_spill_bytes=16, allowed_warnings=["C7511"])
+
+
+LOW = "        /*1c20*/                   UIADD3 UR26, UP0, UR4, 0x40, URZ ;\n"
+HIGH = "        /*1d30*/                   UIADD3.X UR31, UR4, -0x7fffffe0, URZ, UP0, !UPT ;\n"
+
+
+@pytest.mark.parametrize(
+    ("between", "wrong"),
+    [
+        ("", 1),
+        ("        /*1c60*/                   UIADD3 UR28, UR4, 0x4000, URZ ;\n", 1),
+        ("        /*1c60*/                   UMOV UR4, UR9 ;\n", 0),
+        ("        /*1c60*/                   UIADD3 UR7, UP0, UR8, 0x2, URZ ;\n", 0),
+        ("        /*1c60*/                   UIADD3 UR7, UP0, UR7, 0x2, URZ ;\n", 0),
+    ],
+    ids=["both", "a sum between", "rewritten", "another carry", "another carry in place"],
+)
+def test_halves_of_one_register_are_found(between, wrong):
+    found = halves_of_one_register(LOW + between + HIGH)
+    assert len(found) == wrong
+    assert not halves_of_one_register(LOW + HIGH.replace("UR4", "UR5"))
+    with pytest.raises(AssertionError, match="both halves of a sum from one register: UIADD3"):
+        assert_listing(dataclasses.replace(LISTING, sass=LOW + HIGH))
 
 
 def test_a_string_is_no_collection_of_kinds():
