@@ -306,7 +306,7 @@ for _d in (64, 128):
         f"lightning {_d} cut": partial(lightning_case, _d),
         f"lightning {_d} whole": partial(lightning_case, _d, batch=4, heads=66),
         f"lightning {_d} packed": partial(lightning_case, _d, packed=True),
-        f"lightning {_d} padded": partial(lightning_case, _d, padded=True),
+        f"lightning {_d} padded": partial(lightning_case, _d, batch=4, heads=66, padded=True),
         f"lightning backward {_d}": partial(lightning_case, _d, backward=True),
         f"lightning decode {_d}": partial(lightning_decode_case, _d),
         f"block sparse {_d}": partial(block_sparse_case, _d),

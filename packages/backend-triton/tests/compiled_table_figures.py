@@ -68,8 +68,6 @@ SPILLS: Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]] = {
         "topk attention latent hopper decode on sm_90a": {"3.6": (24, 16)},
     },
     "lightning_scan_kernel": {
-        "lightning 128 padded on sm_80": {"3.6": (416, 208), "3.9": (400, 200)},
-        "lightning 128 padded on sm_90a": {"3.6": (840, 416), "3.9": (1240, 616)},
         "lightning 128 cut on sm_80": {"3.6": (184, 96), "3.9": (184, 96)},
         "lightning 128 cut on sm_90a": {"3.6": (200, 104), "3.9": (200, 104)},
         "lightning 128 packed on sm_80": {"3.6": (184, 96), "3.9": (184, 96)},

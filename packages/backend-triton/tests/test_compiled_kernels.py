@@ -112,11 +112,9 @@ TABLE = (
     ("merge_kernel", PLAIN, "merge 128", "merge 64"),
     ("lightning_state_kernel", DOT, "lightning 128 cut",
      "lightning 64 cut; lightning 128 packed; lightning backward 64; lightning backward 128"),
-    ("lightning_scan_kernel", DOT, "lightning 128 cut; lightning 64 cut",
+    ("lightning_scan_kernel", DOT, "lightning 128 cut; lightning 64 cut; lightning 64 padded",
      "lightning 64 packed; lightning 128 packed; lightning 64 whole; lightning 128 whole; "
      "lightning backward 64; lightning backward 128"),
-    ("lightning_scan_kernel", {**AMPERE_UNSTAGED, **HOPPER_UNSTAGED}, "lightning 64 padded",
-     "lightning 128 padded"),
     ("lightning_decode_kernel", PLAIN, "lightning decode 128", "lightning decode 64"),
     ("block_attention_kernel", AMPERE, "block sparse 128", "block sparse 64"),
     ("block_attention_kernel", DOT, "block sparse 128 of 64", "block sparse 64 of 64"),

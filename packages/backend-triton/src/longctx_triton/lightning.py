@@ -52,6 +52,7 @@ def lightning_forward(
     segments whose states are computed first, from keys and values alone. Packed lengths are read
     on the device.
     """
+    q, k, v = (_even(t) for t in (q, k, v))
     final = _new_state(q, v, cu_seqlens)
     out = _scan(q, k, v, log_decay, initial_state, final, scale, cu_seqlens, reverse=False)
     return out, final
@@ -73,6 +74,7 @@ def lightning_backward(
 
     Three scans, without atomics: the same bits every time.
     """
+    dout, q, k, v = (_even(t) for t in (dout, q, k, v))
     dinitial = _new_state(q, v, cu_seqlens)
     first = None if initial_state is None else initial_state.transpose(2, 3)
     last = None if dfinal_state is None else dfinal_state.transpose(2, 3)
@@ -95,6 +97,31 @@ def lightning_decode_forward(
     )
     plan(lightning_decode_kernel, q, k, v, state, log_decay, out)
     return out
+
+
+EVEN = 16
+"""Triton knows of a stride whether it is a multiple of this; then rows are copied in wide words."""
+
+
+def _even(t: Tensor) -> Tensor:
+    """Return a tensor whose strides are multiples of `EVEN`: itself, or else a copy.
+
+    Of other strides the tiles would be read two bytes at a time, with hundreds of bytes of
+    spills, and ptxas 12.8 makes wrong code of some of them (`halves_of_one_register` of the
+    listing checks).
+    """
+    return t.contiguous() if _is_odd(t.shape, t.stride()) else t
+
+
+@lru_cache(maxsize=512)
+def _is_odd(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return any(stride % EVEN for stride in _used(shape, strides))
+
+
+def _used(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of batch, sequence and heads; 0 where an axis has one entry."""
+    pairs = zip(shape[:3], strides[:3], strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in pairs)
 
 
 def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -175,7 +202,8 @@ def _scan_plan(
         sequences, packed, programs // sequences, length, device.processors
     )
     counts = (length, heads, segments, triton.cdiv(least_tokens, tiles.block_t))
-    strides = (*k_strides[:3], *v_strides[:3])
+    k_shape = (*v_shape[:3], head_dim)
+    strides = (*_used(k_shape, k_strides), *_used(v_shape, v_strides))
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -192,7 +220,7 @@ def _scan_plan(
     state = Prepared(grid, (scale, *counts, *strides), options) if segments > 1 else None
     scan = Prepared(
         grid,
-        (scale, *counts, *q_strides[:3], *strides, *initial_strides, out_stride),
+        (scale, *counts, *_used(q_shape, q_strides), *strides, *initial_strides, out_stride),
         options,
     )
     return _ScanPlan(state, (sequences, heads, segments, head_dim, value_dim), scan)

@@ -25,7 +25,6 @@ def _table(
     value_dims: set[int] | None = None,
     gradient: bool = False,
     deterministic_gradient: bool = True,
-    hopper_priority: int = _PRIORITY,
 ) -> OpSupport:
     return OpSupport(
         dtypes=dtypes,
@@ -36,7 +35,6 @@ def _table(
         gradient=gradient,
         deterministic_gradient=deterministic_gradient,
         priority=_PRIORITY,
-        arch_priority={(9, 0): hopper_priority},
     )
 
 
@@ -69,8 +67,7 @@ SUPPORT: Mapping[str, OpSupport] = {
     "star_query_attention": _table(head_dims={64, 128}),
     "token_scores": _table(head_dims={64, 128}),
     "select_tokens": _table(dtypes=_FP32),
-    # the torch backend, which copies the chosen rows and calls cuDNN, is 1.4 to 2.1 times faster
-    "token_sparse_attention": _table(*_EVERY_HEAD, head_dims={64, 128}, hopper_priority=5),
+    "token_sparse_attention": _table(*_EVERY_HEAD, head_dims={64, 128}),
 }  # fmt: skip
 
 
