@@ -74,6 +74,11 @@ def stages(request, monkeypatch):
         return launch.WalkTiles(most_keys, request.param, 240, True)
 
     monkeypatch.setattr(launch, "walk_tiles", tiles)
+    # launches are remembered with their tiles
+    plans = (launch._range_plan, launch._list_plan)
+    [plan.cache_clear() for plan in plans]
+    yield
+    [plan.cache_clear() for plan in plans]
 
 
 def inputs(q_len, k_len, q_heads, kv_heads, batch=1, dim=64):

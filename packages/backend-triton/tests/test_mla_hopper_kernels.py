@@ -383,10 +383,11 @@ def test_strided_inputs(hopper):
 def test_what_the_kernel_declines_runs_portably(hopper, monkeypatch):
     q, k, _ = latent(1, 2, 40, 64, 20)
     v = k[..., :512]
-    options = {"page_size": 1, "scale": 0.1}
+    indices = torch.zeros(1, 2, 1, 20, dtype=torch.int32)
+    options = {"page_size": 1, "scale": 0.1, "sinks": None, "processors": 3}
 
     def takes(q=q, k=k, v=v, **changed):
-        return hopper_launch.latent_takes(q, k, v, **options | changed)
+        return hopper_launch.latent_plan(q, k, v, indices, **options | changed) is not None
 
     assert takes()
     assert not takes(scale=-0.1)

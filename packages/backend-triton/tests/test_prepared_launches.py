@@ -224,6 +224,44 @@ def test_descriptors_are_encoded_once_an_address(kernel, monkeypatch):
     assert encoded[2:] == [(0, x.data_ptr())]
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_launches_describe_what_each_of_them_takes(kernel, monkeypatch, encoded):
+    def encode(position, descriptor):
+        return position, descriptor.base.data_ptr(), *descriptor.shape
+
+    monkeypatch.setattr(prepared, "encoder", lambda _: encode if encoded else None)
+    block, long = (Block((n, 16), (16, 1), (2, 16), Description) for n in (4, 8))
+    plan = Launches(
+        (Prepared((3,), (5,), {"BLOCK": 16}), (0, 2)),
+        (Prepared((2,), (7,), {}, (block, long)), (1, 0, 2)),
+        (Prepared((4,), (9,), {}, (block,)), (1, 2, 3)),
+    )
+    kernels = (kernel, Kernel(), Kernel())
+
+    def seen(run):
+        return tuple(
+            (v.base.data_ptr(), *v.shape) if isinstance(v, Description) else v for v in run
+        )
+
+    def given():
+        return numbers(8, 16), numbers(4, 16), numbers(4), None
+
+    plan(kernels, *given())
+    for tensors in (given(), given()):
+        first, second, third = (t.data_ptr() for t in tensors[:3])
+        plan(kernels, *tensors)
+        short, wide = (second, 4, 16), (first, 8, 16)
+        expected = [(short, wide), (short,)]
+        if encoded:
+            expected = [(0, *short, 1, *wide), (0, *short)]
+        assert [seen(run) for run in kernel.runs[-3:]] == [
+            (3, 1, 1, 7, first, third, 5),
+            (2, 1, 1, 7, *expected[0], third, 7),
+            (4, 1, 1, 7, *expected[1], third, None, 9),
+        ]
+    assert [len(k.launches) for k in kernels] == [1, 1, 1]
+
+
 def three_arguments(x, n, BLOCK: tl.constexpr):
     """Stand for a kernel's signature."""
 

@@ -49,6 +49,18 @@ def test_pieces_lie_apart_at_round_addresses(cuda):
     assert all(bool((t == i).all()) for i, t in enumerate(found))
 
 
+def test_a_piece_may_come_in_two_dtypes(cuda):
+    pieces = ((3, torch.float32), (6, torch.int32, torch.int64), (2, torch.float16))
+    before, narrow, wide, behind = module.scratch(Like, pieces)
+    assert [(len(t), t.dtype) for t in (narrow, wide)] == [(6, torch.int32), (3, torch.int64)]
+    assert narrow.data_ptr() == wide.data_ptr()
+    before.fill_(1)
+    behind.fill_(1)
+    wide.fill_(7 << 32 | 5)
+    assert narrow.tolist() == [5, 7] * 3
+    assert module.scratch(Like, pieces)[1] is narrow
+
+
 def test_a_stream_keeps_its_memory_and_it_grows(cuda):
     first = module.scratch(Like, PIECES)
     assert module.scratch(Like, PIECES) is first

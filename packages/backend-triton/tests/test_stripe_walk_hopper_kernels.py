@@ -66,6 +66,10 @@ def stages(request, monkeypatch):
     """Run with so many stages."""
     tiles = launch.StripeWalkTiles(request.param, 240, True)
     monkeypatch.setattr(launch, "stripe_walk_tiles", lambda _: tiles)
+    # launches are remembered with their tiles
+    launch._plan.cache_clear()
+    yield
+    launch._plan.cache_clear()
 
 
 def stripe_plan(axis, k_len, n_vertical, slash, heads, kv_heads, batch=2, seed=7):

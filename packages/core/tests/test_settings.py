@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.settings import SETTINGS, budget_bytes, cache_dir, number
+from longctx.settings import SETTINGS, budget_bytes, cache_dir, is_set, number, switched_on
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -31,6 +31,17 @@ def test_what_is_no_number_is_refused_by_name(monkeypatch, name, text):
 def test_unknown_setting():
     with pytest.raises(LookupError, match="did you mean 'LONGCTX_INDEX_BUDGET_MIB'"):
         number("LONGCTX_INDEX_BUDGET_MB")
+
+
+def test_switches_follow_the_environment(monkeypatch):
+    name = "LONGCTX_CHECK_VALUES"
+    monkeypatch.delenv(name, raising=False)
+    assert (is_set(name), switched_on(name)) == (False, False)
+    for text, on in (("1", True), (" yes ", True), ("", False), (" Off ", False), ("0", False)):
+        monkeypatch.setenv(name, text)
+        assert (is_set(name), switched_on(name)) == (True, on)
+    monkeypatch.delenv(name)
+    assert not is_set(name)
 
 
 def test_cache_folder(monkeypatch, tmp_path):

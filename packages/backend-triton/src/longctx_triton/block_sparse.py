@@ -16,13 +16,13 @@ from longctx_triton.kernels.stripes import (
     stripe_index_kernel,
 )
 from longctx_triton.launch.device import device_of
+from longctx_triton.launch.key_range import range_plan
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import (
     block_tiles,
     signed_scale,
     stripe_tile,
-    window_tiles,
 )
 
 __all__ = ["block_sparse_forward", "stripe_sparse_forward", "window_sparse_forward"]
@@ -109,8 +109,6 @@ def window_sparse_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)`` over ``key < sink_tokens or query - key <= window``; causal."""
-    batch, q_len, heads, head_dim = q.shape
-    k_len, value_dim = k.shape[1], v.shape[3]
     out, lse = _outputs(q, v)
     if out.numel() == 0:
         return out, lse
@@ -122,22 +120,12 @@ def window_sparse_forward(
             last_queries=last_queries, head_windows=head_windows,
         ):  # fmt: skip
             return out, lse
-    tiles = window_tiles(head_dim, value_dim, device.arch, q_len)
-    scale_log2, q_factor = signed_scale(scale)
-    row_tiles = -(-q_len // tiles.queries)
-    launch(
-        range_attention_kernel, (batch * heads * row_tiles,),
-        q, k, v, out, lse, lse if head_windows is None else head_windows,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        q_len, k_len, batch * heads, heads, heads // k.shape[2],
-        k_len - q_len, q_len, row_tiles, min(sink_tokens, k_len), min(window, k_len),
-        min(last_queries, q_len), scale_log2, q_factor,
-        D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
-        SIGNED=q_factor != 1.0,
-        BM=tiles.queries, BN=tiles.keys, BY_BLOCK=False,
-        HEAD_WINDOWS=head_windows is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    plan = range_plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), scale, device,
+        window=window, anchor=sink_tokens, last_queries=last_queries,
+        head_windows=head_windows is not None,
     )  # fmt: skip
+    plan(range_attention_kernel, q, k, v, out, lse, lse if head_windows is None else head_windows)
     return out, lse
 
 

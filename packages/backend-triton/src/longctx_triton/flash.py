@@ -21,7 +21,7 @@ from longctx_triton.kernels.flash_forward import flash_forward_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.flash import dkdv_tiles, dq_tiles, forward_tiles
 from longctx_triton.launch.prepared import Prepared
-from longctx_triton.launch.sizes import heads_in_cache, padded
+from longctx_triton.launch.sizes import heads_in_cache, padded, used_strides
 
 __all__ = ["flash_backward", "flash_forward"]
 
@@ -143,7 +143,8 @@ def _forward_plan(
         (
             scale, softcap, left or 0, right or 0, q_len, k_len, sequences,
             units, q_heads, group, count, section,
-            *_used(q_shape, q_strides), *_used(k_shape, k_strides), *_used(v_shape, v_strides),
+            *used_strides(q_shape, q_strides), *used_strides(k_shape, k_strides),
+            *used_strides(v_shape, v_strides),
         ),
         {
             "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "BLOCK_D": block_d, "BLOCK_V": block_v,
@@ -289,14 +290,4 @@ def _fitting(device: Device, first: Tensor, second: Tensor, heads: int = 1) -> i
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    return _used(t.shape, t.stride())
-
-
-def _used(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of batch, sequence and heads; 0 where an axis has one entry.
-
-    The stride of such an axis is arbitrary, and Triton compiles anew for an odd one.
-    """
-    return tuple(
-        stride if size > 1 else 0 for size, stride in zip(shape[:3], strides[:3], strict=True)
-    )
+    return used_strides(t.shape, t.stride())

@@ -19,6 +19,7 @@ from longctx_triton.kernels.lightning_scan import lightning_scan_kernel, lightni
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.lightning_segments import cut_sequence
 from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.sizes import used_strides
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["lightning_backward", "lightning_decode_forward", "lightning_forward"]
@@ -100,7 +101,7 @@ def lightning_decode_forward(
 
 
 EVEN = 16
-"""Triton knows of a stride whether it is a multiple of this; then rows are copied in wide words."""
+"""Triton knows of a stride whether it is a multiple of this: then rows come in wide words."""
 
 
 def _even(t: Tensor) -> Tensor:
@@ -115,13 +116,7 @@ def _even(t: Tensor) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _is_odd(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    return any(stride % EVEN for stride in _used(shape, strides))
-
-
-def _used(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of batch, sequence and heads; 0 where an axis has one entry."""
-    pairs = zip(shape[:3], strides[:3], strict=True)
-    return tuple(stride if size > 1 else 0 for size, stride in pairs)
+    return any(stride % EVEN for stride in used_strides(shape, strides))
 
 
 def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -203,7 +198,7 @@ def _scan_plan(
     )
     counts = (length, heads, segments, triton.cdiv(least_tokens, tiles.block_t))
     k_shape = (*v_shape[:3], head_dim)
-    strides = (*_used(k_shape, k_strides), *_used(v_shape, v_strides))
+    strides = (*used_strides(k_shape, k_strides), *used_strides(v_shape, v_strides))
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -220,7 +215,14 @@ def _scan_plan(
     state = Prepared(grid, (scale, *counts, *strides), options) if segments > 1 else None
     scan = Prepared(
         grid,
-        (scale, *counts, *_used(q_shape, q_strides), *strides, *initial_strides, out_stride),
+        (
+            scale,
+            *counts,
+            *used_strides(q_shape, q_strides),
+            *strides,
+            *initial_strides,
+            out_stride,
+        ),
         options,
     )
     return _ScanPlan(state, (sequences, heads, segments, head_dim, value_dim), scan)

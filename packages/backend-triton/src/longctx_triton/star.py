@@ -12,10 +12,8 @@ from longctx_triton.kernels.key_range import range_attention_kernel
 from longctx_triton.kernels.merge_parts import merge_parts_kernel
 from longctx_triton.kernels.star_query import star_query_kernel
 from longctx_triton.launch.device import device_of
-from longctx_triton.launch.prepared import launch
+from longctx_triton.launch.key_range import range_plan
 from longctx_triton.launch.scratch import scratch
-from longctx_triton.launch.sizes import padded
-from longctx_triton.launch.sparse_tiles import signed_scale, star_tiles
 from longctx_triton.launch.star_query import StarQueryPlan, star_query_plan
 
 __all__ = ["star_context_forward", "star_query_forward"]
@@ -24,41 +22,22 @@ __all__ = ["star_context_forward", "star_query_forward"]
 def star_context_forward(
     q: Tensor, k: Tensor, v: Tensor, *, block_size: int, anchor_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(out, lse)`` of phase 1: two runs of key tiles, the anchor and the own block.
-
-    Tiles of queries begin at the blocks' own starts, so that none spans two blocks.
-    """
-    batch, q_len, heads, head_dim = q.shape
-    k_len, value_dim = k.shape[1], v.shape[3]
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=q.device)
+    """Return ``(out, lse)`` of phase 1: two runs of key tiles, the anchor and the own block."""
+    batch, q_len, heads, _ = q.shape
+    out = torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    block_size = min(block_size, k_len)
     device = device_of(q.device)
-    if device.runs_gluon:
-        key_range_forward = _gluon()
-        if key_range_forward(
-            device, q, k, v, out, lse, scale=scale, anchor=anchor_size, block=block_size
-        ):
-            return out, lse
-    tiles = star_tiles(head_dim, value_dim, device.arch, min(block_size, q_len))
-    scale_log2, q_factor = signed_scale(scale)
-    origin = (k_len - q_len) // block_size * block_size
-    tiles_a_block = -(-block_size // tiles.queries)
-    row_tiles = -(-(k_len - origin) // block_size) * tiles_a_block
-    launch(
-        range_attention_kernel, (batch * heads * row_tiles,),
-        q, k, v, out, lse, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        q_len, k_len, batch * heads, heads, heads // k.shape[2],
-        origin, block_size, tiles_a_block, min(anchor_size, block_size), 0, 0,
-        scale_log2, q_factor,
-        D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
-        SIGNED=q_factor != 1.0,
-        BM=tiles.queries, BN=tiles.keys, BY_BLOCK=True, HEAD_WINDOWS=False,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    if device.runs_gluon and _gluon()(
+        device, q, k, v, out, lse, scale=scale, anchor=anchor_size, block=block_size
+    ):
+        return out, lse
+    plan = range_plan(
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), scale, device,
+        anchor=anchor_size, block=block_size,
     )  # fmt: skip
+    plan(range_attention_kernel, q, k, v, out, lse, lse)
     return out, lse
 
 
@@ -89,19 +68,21 @@ def star_query_forward(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
+    inputs: list[Tensor] = []
+    layout: list[tuple[int, ...]] = []
+    for k, v in zip(shard_keys, shard_values, strict=True):
+        inputs += (k, v)
+        layout += (k.shape, k.stride(), v.stride())
     plan = star_query_plan(
-        q.shape, q.stride(), tuple([k.shape for k in shard_keys]),
-        tuple([k.stride() for k in shard_keys]), tuple([v.stride() for v in shard_values]),
-        value_dim, query_shard, scale, device_of(q.device),
-    )  # fmt: skip
+        q.shape, q.stride(), tuple(layout), value_dim, query_shard, scale, device_of(q.device)
+    )
     if not plan.shards:
         return out.zero_(), lse.fill_(-torch.inf)
     if plan.merged is None:
         _chain(plan, q, shard_keys, shard_values, out, lse)
         return out, lse
-    inputs = [t for shard in plan.shards for t in shard.inputs(shard_keys, shard_values)]
     kernels = (star_query_kernel,) * len(plan.shards) + (merge_parts_kernel,)
-    plan.merged(kernels, q, *inputs, *scratch(q, plan.memory), out, lse)
+    plan.merged(kernels, q, *inputs, *scratch(q, plan.memory), out, lse, None)
     return out, lse
 
 

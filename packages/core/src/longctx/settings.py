@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from longctx.errors import nearest_name
 
-__all__ = ["SETTINGS", "Setting", "budget_bytes", "cache_dir", "number", "switched_on"]
+__all__ = ["SETTINGS", "Setting", "budget_bytes", "cache_dir", "is_set", "number", "switched_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def number(name: str) -> float:
     if name not in SETTINGS:
         raise LookupError(f"no setting is called {name!r}: {nearest_name(name, SETTINGS)}")
     setting = SETTINGS[name]
-    text = os.environ.get(name, "").strip()
+    text = os.environ[name].strip() if is_set(name) else ""
     if not text:
         return setting.default
     try:
@@ -83,10 +85,27 @@ def budget_bytes(name: str) -> int:
     return int(number(name) * 2**20)
 
 
+def is_set(name: str) -> bool:
+    """Return whether an environment variable is there, quickly where it is not."""
+    return _stored(name) in _ENVIRONMENT
+
+
 def switched_on(name: str) -> bool:
     """Return whether a yes/no variable is set to anything but nothing, 0, false, no or off."""
-    text = os.environ.get(name)
-    return text is not None and text.strip().lower() not in ("", "0", "false", "no", "off")
+    if not is_set(name):
+        return False
+    return os.environ[name].strip().lower() not in ("", "0", "false", "no", "off")
+
+
+_ENVIRONMENT: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+"""What ``os.environ`` looks into: it raises and catches two errors where a name is missing."""
+
+
+@cache
+def _stored(name: str) -> Any:
+    """Return a name as it is kept there."""
+    encode = getattr(os.environ, "encodekey", None)
+    return name if encode is None or _ENVIRONMENT is os.environ else encode(name)
 
 
 def cache_dir() -> Path:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.settings import is_set
+
 __all__ = ["SMALL_SHARED", "Device", "current_gpu", "device_of", "launched", "on_device"]
 
 _HERE = nullcontext()
@@ -54,7 +56,8 @@ class Device(NamedTuple):
         """
         if self.arch != (9, 0):
             return False
-        return os.environ.get("LONGCTX_TRITON_FLASH", "").strip().lower() != "portable"
+        name = "LONGCTX_TRITON_FLASH"
+        return not is_set(name) or os.environ[name].strip().lower() != "portable"
 
 
 def device_of(device: torch.device) -> Device:

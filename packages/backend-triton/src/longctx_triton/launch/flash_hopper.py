@@ -11,11 +11,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longctx_triton.kernels.flash_hopper import ROWS, flash_hopper_kernel
+from longctx_triton.kernels.widen import widen_kernel
 from longctx_triton.launch.device import Device
-from longctx_triton.launch.prepared import Block, Prepared
+from longctx_triton.launch.prepared import Block, Launches, Prepared
+from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.sizes import heads_in_cache
 from longctx_triton.launch.tuning import tuned
-from longctx_triton.launch.widen import widened
+from longctx_triton.launch.widen import widening
 
 __all__ = [
     "HopperTiles",
@@ -112,13 +114,32 @@ def hopper_forward(
     )  # fmt: skip
     if plan is None:
         return False
-    if dtype == _FP8:
-        v = widened(v)
-        factors = [None if t is None else t.contiguous() for t in descales]
-        plan(flash_hopper_kernel, q, k, v, out, lse, sinks, *factors)
+    attend, widened, memory = plan
+    if widened is None:
+        attend(flash_hopper_kernel, q, k, v, out, lse, sinks, None, None, None)
     else:
-        plan(flash_hopper_kernel, q, k, v, out, lse, sinks, None, None, None)
+        factors = [None if t is None else t.contiguous() for t in descales]
+        (wide,) = scratch(q, memory)
+        kernels = (widen_kernel, flash_hopper_kernel)
+        widened(kernels, q, k, v, wide, out, lse, sinks, *factors)
     return True
+
+
+class _Plan(NamedTuple):
+    """Launches of one call.
+
+    Attributes
+    ----------
+    attend : Prepared
+    widened : Launches or None
+        The same after ``widen_kernel``, with the fp8 values and their copy for the values.
+    memory : Pieces
+        Of the copy.
+    """
+
+    attend: Prepared
+    widened: Launches | None
+    memory: Pieces
 
 
 @lru_cache(maxsize=512)
@@ -135,7 +156,7 @@ def _plan(
     scale: float,
     device: Device,
     tiles: HopperTiles,
-) -> Prepared | None:
+) -> _Plan | None:
     """Return the launch, or None for what the kernel does not take."""
     unit = 16 // dtype.itemsize
     if not (
@@ -158,10 +179,11 @@ def _plan(
     # query heads whose keys and values fit the cache go together
     fitting = heads_in_cache(device.l2, k_shape[1], 2 * head_dim * dtype.itemsize)
     section = min(units, group * fitting)
+    given = v_strides
     if fp8:  # the values are a contiguous copy
         v_strides = (k_shape[1] * k_shape[2] * head_dim, k_shape[2] * head_dim, head_dim, 1)
     narrow = 1 if fp8 else 2
-    return Prepared(
+    attend = Prepared(
         (min(count * units, device.processors),),
         (scale, count, units, section, q_heads, group, q_len, k_shape[1]),
         {
@@ -177,6 +199,11 @@ def _plan(
             rows_block(q_shape, out_strides, ROWS, 2),
         ),
     )  # fmt: skip
+    if not fp8:
+        return _Plan(attend, None, ())
+    widen, memory = widening(v_shape, given)
+    widened = Launches((widen, (2, 3)), (attend, (0, 1, 3, 4, 5, 6, 7, 8, 9)))
+    return _Plan(attend, widened, memory)
 
 
 def copyable(t: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.settings import is_set
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.dsa_tiles import index_tiles
 from longctx_triton.launch.prepared import Prepared
@@ -36,7 +37,12 @@ def unpacked(q: Tensor, arch: tuple[int, int]) -> bool:
     They are on GPUs before sm_89. Hopper's fp8 products add up with about 14 bits;
     ``LONGCTX_TRITON_INDEXER=fp16`` widens there, too, at half the rate.
     """
-    return q.dtype == FP8 and (arch < (8, 9) or os.environ.get("LONGCTX_TRITON_INDEXER") == "fp16")
+    return q.dtype == FP8 and (arch < (8, 9) or _widened_by_choice())
+
+
+def _widened_by_choice() -> bool:
+    name = "LONGCTX_TRITON_INDEXER"
+    return is_set(name) and os.environ[name] == "fp16"
 
 
 class Layout(NamedTuple):

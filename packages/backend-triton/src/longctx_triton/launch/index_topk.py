@@ -21,7 +21,7 @@ from longctx_triton.launch.index_scores import (
     score_plan,
     unpacked,
 )
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.prepared import Launches, Prepared
 from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.topk_tiles import TopkTiles, part_count, topk_tiles
 
@@ -68,30 +68,35 @@ def index_topk_forward(
         if piece.score is None:
             piece.of(result).fill_(-1)
             continue
-        piece.score(index_score_kernel, q, k, weights, factors, *bounds, scores)
-        if piece.choose is None:
+        if piece.both is None:
+            piece.score(index_score_kernel, q, k, weights, factors, *bounds, scores)
             seen = scores[: math.prod(piece.shape)].view(piece.shape)[..., : piece.width]
             choose_rows(seen, None, top_k, piece.of(result), None, 0)
             continue
         counts = kept
         if piece.counts:
             counts = torch.zeros(piece.counts, dtype=torch.int32, device=q.device)
-        piece.choose(topk_rows_kernel, scores, *chosen_bounds, kept, counts, result)
+        piece.both(
+            (index_score_kernel, topk_rows_kernel), q, k, weights, factors, *bounds, scores,
+            *chosen_bounds, kept, counts, result,
+        )  # fmt: skip
     return result
 
 
 class _Piece(NamedTuple):
     """Rows that are scored and chosen of at a time.
 
-    ``score`` is None where no key is seen, ``choose`` where a row's entries do not fit a program.
-    ``counts`` are the numbers, zeros first, by which the parts of a row find each other.
+    ``score`` is None where no key is seen. ``both`` are the same launch and that of the choice:
+    of the scores' inputs, the scores, and what else the choice takes; None where a row's entries
+    do not fit a program. ``counts`` are the numbers, zeros first, by which the parts of a row find
+    each other.
     """
 
     batches: tuple[int, int]
     rows: tuple[int, int]
     width: int
     score: Prepared | None
-    choose: Prepared | None
+    both: Launches | None
     counts: int
 
     @property
@@ -138,15 +143,14 @@ def _plan(
             width = max(0, min(k_len, t1 + shift) if causal else k_len)
             piece = _Piece((b0, b1), (t0, t1), width, None, None, 0)
             if width:
-                piece = piece._replace(
-                    score=score_plan(
-                        layout, device, causal=causal, unpack=unpack, batches=(b0, b1),
-                        rows=(t0, t1), width=width, stride=_stride(width), fill=tiles is None,
-                    )
+                score = score_plan(
+                    layout, device, causal=causal, unpack=unpack, batches=(b0, b1),
+                    rows=(t0, t1), width=width, stride=_stride(width), fill=tiles is None,
                 )  # fmt: skip
+                piece = piece._replace(score=score)
                 if tiles is not None:
                     piece, size = _choosing(
-                        piece, tiles, layout, device, top_k, programs,
+                        piece, score, tiles, layout, device, top_k, programs,
                         shift if causal else k_len, on_gpu,
                     )  # fmt: skip
                     kept = max(kept, size)
@@ -176,6 +180,7 @@ def _within_budget(
 
 def _choosing(
     piece: _Piece,
+    score: Prepared,
     tiles: TopkTiles,
     layout: Layout,
     device: Device,
@@ -208,4 +213,5 @@ def _choosing(
     )  # fmt: skip
     counts = n_rows * (1 + parts) if parts > 1 else 0
     size = programs * parts * tiles.kept_bytes // 4
-    return piece._replace(choose=choose, counts=counts), size
+    both = Launches((score, (0, 1, 2, 3, 4, 5, 6)), (choose, (6, 7, 8, 9, 10, 11)))
+    return piece._replace(both=both, counts=counts), size

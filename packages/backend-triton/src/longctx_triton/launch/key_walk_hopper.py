@@ -13,7 +13,7 @@ from longctx_triton.kernels.key_walk_hopper import key_walk_hopper_kernel
 from longctx_triton.kernels.walk_list import walk_list_kernel
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.flash_hopper import even, rows_block
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.prepared import Launches, Prepared
 from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.sizes import heads_in_cache
 from longctx_triton.launch.tuning import tuned
@@ -99,13 +99,11 @@ def key_range_forward(
     """
     if block is not None and block % _TILE and block < k.shape[1]:
         return False
-    head_dim, dtype = q.shape[3], q.dtype
-    if head_dim not in HEAD_DIMS or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return False
     plan = _range_plan(
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype, scale, device,
-        walk_tiles(head_dim, 128), window, anchor, last_queries, block,
-        head_windows is not None, sinks is not None,
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, scale, device,
+        window, anchor, last_queries, block, head_windows is not None, sinks is not None,
     )  # fmt: skip
     if plan is None:
         return False
@@ -136,28 +134,29 @@ def block_list_forward(
         Whether it ran: for the types and head sizes of the kernel, key blocks of multiples of 64,
         and query blocks of multiples of 128 or, where heads share lists in pairs, of 64.
     """
-    head_dim, dtype = q.shape[3], q.dtype
-    if head_dim not in HEAD_DIMS or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return False
     plan = _list_plan(
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype, scale, device,
-        walk_tiles(head_dim, 128 if block_k % 128 == 0 else 64),
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, scale, device,
         counts.shape[1], counts.stride(), indices.stride(), indices.shape[3],
         block_q, block_k, causal,
     )  # fmt: skip
     if plan is None:
         return False
-    starts, walks = scratch(q, plan.memory)
-    plan.lists(walk_list_kernel, counts, indices, starts, walks)
-    plan.attend(key_walk_hopper_kernel, q, k, v, out, lse, None, None, starts, walks)
+    launches, memory = plan
+    kernels = (walk_list_kernel, key_walk_hopper_kernel)
+    launches(kernels, q, k, v, out, lse, counts, indices, *scratch(q, memory), None)
     return True
 
 
 class _ListPlan(NamedTuple):
-    """Launches of ``walk_list_kernel`` and of the attention, and the memory of the walks."""
+    """Launches of ``walk_list_kernel`` and of the attention, and the memory of the walks.
 
-    lists: Prepared
-    attend: Prepared
+    The launches take q, k, v, the results, counts, indices, that memory, and None for what only
+    other calls of the attention give.
+    """
+
+    launches: Launches
     memory: Pieces
 
 
@@ -172,7 +171,6 @@ def _range_plan(
     dtype: torch.dtype,
     scale: float,
     device: Device,
-    sizes: WalkTiles,
     window: int,
     anchor: int,
     last_queries: int,
@@ -188,6 +186,7 @@ def _range_plan(
     layout = (q_shape, q_strides, k_shape, k_strides, v_shape, v_strides)
     if straddled or not _takes(*layout, dtype, scale):
         return None
+    sizes = walk_tiles(q_shape[3], 128)
     origin, first_tile, tiles_a_block, tiles = k_len - q_len, 0, 1, -(-q_len // _TILE)
     if block is None:
         span, tiles_a_block = q_len, tiles
@@ -217,7 +216,6 @@ def _list_plan(
     dtype: torch.dtype,
     scale: float,
     device: Device,
-    sizes: WalkTiles,
     sets: int,
     count_strides: tuple[int, ...],
     index_strides: tuple[int, ...],
@@ -237,6 +235,7 @@ def _list_plan(
         or (pair and (block_q % ROWS or q_heads // kv_heads % 2 or q_heads // sets % 2))
     ):
         return None
+    sizes = walk_tiles(q_shape[3], 128 if block_k % 128 == 0 else 64)
     heads, rows = (2, ROWS) if pair else (1, _TILE)
     tiles, each = -(-q_len // rows), block_k // sizes.block_k
     room = max(1, min(capacity * each, -(-k_len // sizes.block_k)))
@@ -255,7 +254,8 @@ def _list_plan(
         (0, 0, 1, 1, 0, 0, 0, q_heads // sets, sets, room),
         from_list=True, causal=causal, by_block=False, head_windows=False, sinks=False,
     )  # fmt: skip
-    return _ListPlan(lists, attend, ((walks * room, torch.int32), (walks * 2, torch.int32)))
+    launches = Launches((lists, (5, 6, 7, 8)), (attend, (0, 1, 2, 3, 4, 9, 9, 7, 8)))
+    return _ListPlan(launches, ((walks * room, torch.int32), (walks * 2, torch.int32)))
 
 
 def _takes(

@@ -16,9 +16,10 @@ from longctx_triton.launch.scratch import Pieces, scratch
 __all__ = [
     "LATENT",
     "LEAST_HEADS",
+    "LatentPlan",
     "LatentTiles",
     "latent_forward",
-    "latent_takes",
+    "latent_plan",
     "latent_tiles",
 ]
 
@@ -56,76 +57,83 @@ def latent_tiles() -> LatentTiles:
     return LatentTiles(2, 168, 56)
 
 
-def latent_takes(q: Tensor, k: Tensor, v: Tensor, page_size: int, scale: float) -> bool:
-    """Return whether the kernel can run: single keys of 512 and 64 channels, one KV head.
+class LatentPlan(NamedTuple):
+    """Launches of one call.
 
-    Copies are of 16 bytes, and the compiler knows as much of strides in multiples of 16.
+    Attributes
+    ----------
+    attend : Prepared
+        Over whole lists.
+    merged : Launches or None
+        Over parts of lists, and of merging them: of q, k, the lists, the sinks, the parts' results
+        and log-sum-exps, and the results.
+    memory : Pieces
+        Of the parts' results and of their log-sum-exps.
     """
-    start = k.data_ptr()
-    if q.shape[2] < LEAST_HEADS or start != v.data_ptr() or (q.data_ptr() | start) % 16:
-        return False
-    return _fits(
-        q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(),
-        page_size, scale,
-    )  # fmt: skip
+
+    attend: Prepared
+    merged: Launches | None
+    memory: Pieces
 
 
-@lru_cache(maxsize=512)
-def _fits(
-    q_shape: tuple[int, ...],
-    q_strides: tuple[int, ...],
-    q_dtype: torch.dtype,
-    k_shape: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    k_dtype: torch.dtype,
-    v_shape: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    page_size: int,
-    scale: float,
-) -> bool:
-    return (
-        q_shape[3] == LATENT
-        and v_shape[3] == 2 * HALF
-        and k_shape[2] == 1
-        and page_size == 1
-        and scale > 0
-        and k_strides == v_strides
-        and q_dtype == k_dtype
-        and q_dtype in _HALF_PRECISION
-        and not any(extent % 16 for extent in (*q_strides[:3], *k_strides[:2]))
-    )
-
-
-def latent_forward(
+def latent_plan(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     indices: Tensor,
-    out: Tensor,
-    lse: Tensor,
     *,
+    page_size: int,
     scale: float,
     sinks: Tensor | None,
     processors: int,
-) -> None:
-    """Write ``out`` and ``lse``; few tiles (decode) are cut over their lists and merged.
+) -> LatentPlan | None:
+    """Return the launches: of single keys of 512 and 64 channels of one KV head, else None.
+
+    Few tiles (decode) are cut over their lists and merged.
 
     Parameters
     ----------
-    q, k : Tensor
-        ``(batch, q_len, heads, 576)`` and ``(batch, k_len, 1, 576)``, as `latent_takes` accepts
-        them.
+    q, k, v : Tensor
+        ``(batch, q_len, heads, 576)``, ``(batch, k_len, 1, 576)`` and the keys' first 512.
     indices : Tensor, (batch, q_len, 1, slots), int32
-    out, lse : Tensor
-        Contiguous, ``(batch, q_len, heads, 512)`` and ``(batch, heads, q_len)`` fp32.
+    page_size : int
     scale : float
     sinks : Tensor, (heads,), float32, optional
     processors : int
         Programs to start, one a multiprocessor.
     """
-    attend, merged, memory = _plan(
-        q.shape, q.stride(), k.shape, k.stride(), indices.shape, indices.stride(), scale,
-        sinks is not None, processors,
+    start = k.data_ptr()
+    q_shape = q.shape
+    # copies are of 16 bytes
+    if q_shape[2] < LEAST_HEADS or start != v.data_ptr() or (q.data_ptr() | start) % 16:
+        return None
+    return _plan(
+        q_shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(),
+        indices.shape, indices.stride(), page_size, scale, sinks is not None, processors,
     )  # fmt: skip
+
+
+def latent_forward(
+    plan: LatentPlan,
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+) -> None:
+    """Write ``out`` and ``lse``.
+
+    Parameters
+    ----------
+    plan : LatentPlan
+        Of these inputs.
+    q, k, indices : Tensor
+    out, lse : Tensor
+        Contiguous, ``(batch, q_len, heads, 512)`` and ``(batch, heads, q_len)`` fp32.
+    sinks : Tensor, (heads,), float32, optional
+    """
+    attend, merged, memory = plan
     sunk = lse if sinks is None else sinks
     if merged is None:
         attend(latent_hopper_kernel, q, k, indices, sunk, out, lse)
@@ -138,15 +146,33 @@ def latent_forward(
 def _plan(
     q_shape: tuple[int, ...],
     q_strides: tuple[int, ...],
+    q_dtype: torch.dtype,
     k_shape: tuple[int, ...],
     k_strides: tuple[int, ...],
+    k_dtype: torch.dtype,
+    v_shape: tuple[int, ...],
+    v_strides: tuple[int, ...],
     indices_shape: tuple[int, ...],
     indices_strides: tuple[int, ...],
+    page_size: int,
     scale: float,
     sinks: bool,
     processors: int,
-) -> tuple[Prepared, Launches | None, Pieces]:
-    """Return the launch, or those of parts and of merging them, and the parts' memory."""
+) -> LatentPlan | None:
+    """Return the launches, or None for what the kernel does not take."""
+    if not (
+        q_shape[3] == LATENT
+        and v_shape[3] == 2 * HALF
+        and k_shape[2] == 1
+        and page_size == 1
+        and scale > 0
+        and k_strides == v_strides
+        and q_dtype == k_dtype
+        and q_dtype in _HALF_PRECISION
+        # the compiler knows as much of strides in multiples of 16
+        and not any(extent % 16 for extent in (*q_strides[:3], *k_strides[:2]))
+    ):
+        return None
     batch, q_len, heads, _ = q_shape
     slots = indices_shape[3]
     tiles = latent_tiles()
@@ -171,8 +197,9 @@ def _plan(
         },
     )  # fmt: skip
     if parts == 1:
-        return attend, None, ()
+        return LatentPlan(attend, None, ())
     rows = parts * tokens * heads
     merge = merge_plan(parts, (batch, q_len, heads, 2 * HALF), sinks)
     merged = Launches((attend, (0, 1, 2, 3, 4, 5)), (merge, (4, 5, 3, 6, 7)))
-    return attend, merged, ((rows * 2 * HALF, torch.float32), (rows, torch.float32))
+    memory = ((rows * 2 * HALF, torch.float32), (rows, torch.float32))
+    return LatentPlan(attend, merged, memory)

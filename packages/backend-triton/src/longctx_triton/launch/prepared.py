@@ -7,7 +7,7 @@ and which numbers are 1 or multiples of 16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -35,6 +35,14 @@ class _Compiled(NamedTuple):
     run: Run
     encode: Encode | None
 
+
+_Chosen = Callable[[Sequence[Any]], tuple[Any, ...]]
+_Describe = Callable[[list[int | None], tuple[Tensor | None, ...]], Sequence[object]]
+_Step = tuple[
+    int, int, int, Callable[..., Any], tuple[object, ...], _Describe | None, _Chosen,
+    tuple[object, ...],
+]  # fmt: skip
+"""Grid, what starts, what comes first, descriptors, pointers, and what comes last."""
 
 _known: dict[tuple[object, ...], _Compiled] = {}
 """Compiled kernels by what decided them."""
@@ -116,14 +124,25 @@ class Prepared:
         start, head, tail = started.run
         if self._templates:
             count = len(self._templates)
-            described = started.described(self._templates, tensors, pointers[:count])
+            addresses = tuple(pointers[:count])
+            described = started.described(self._templates, tensors, addresses)
             head, pointers = (*head, *described), pointers[count:]
         start(*self.grid, raw_stream(device), *head, *pointers, *tail)
 
-    def started(self, tensors: list[Tensor | None]) -> _Started | None:
-        """Return how tensors of these dtypes are launched, if that is known."""
+    def step(self, places: tuple[int, ...], tensors: list[Tensor | None]) -> _Step | None:
+        """Return how tensors of these dtypes, at these places among others, are launched.
+
+        None if that is not known yet.
+        """
         dtypes = [None if t is None else t.dtype for t in tensors]
-        return self._runs.get((tensors[0].get_device(), *dtypes))  # type: ignore[union-attr]
+        started = self._runs.get((tensors[0].get_device(), *dtypes))  # type: ignore[union-attr]
+        if started is None:
+            return None
+        start, head, tail = started.run
+        count = len(self._templates)
+        describe = started.describing(self._templates, _chosen(places[:count])) if count else None
+        x, y, z = self.grid
+        return x, y, z, start, head, describe, _chosen(places[count:]), tail
 
     def _ordinary(self, kernel: Any, tensors: tuple[Tensor | None, ...]) -> Any:
         arguments = (*self._described(tensors), *tensors[len(self.blocks) :], *self.numbers)
@@ -163,14 +182,14 @@ class Launches:
     Parameters
     ----------
     steps : tuple of (Prepared, tuple of int)
-        Launches without blocks, and which of the call's tensors each of them takes.
+        Launches, and which of the call's tensors each of them takes.
     """
 
     __slots__ = ("_runs", "steps")
 
     def __init__(self, *steps: tuple[Prepared, tuple[int, ...]]) -> None:
         self.steps = steps
-        self._runs: dict[tuple[object, ...], list[Any]] = {}
+        self._runs: dict[tuple[object, ...], list[_Step]] = {}
 
     def __call__(self, kernels: tuple[Any, ...], *tensors: Tensor | None) -> None:
         """Launch ``kernels``, always the same, on the GPU that is current."""
@@ -186,8 +205,9 @@ class Launches:
             self._apart(kernels, tensors, found)
             return
         stream = raw_stream(device)
-        for grid, start, head, chosen, tail in runs:
-            start(*grid, stream, *head, *chosen(pointers), *tail)
+        for x, y, z, start, head, describe, chosen, tail in runs:
+            described = describe(pointers, tensors) if describe else ()
+            start(x, y, z, stream, *head, *described, *chosen(pointers), *tail)
 
     def _apart(
         self, kernels: tuple[Any, ...], tensors: tuple[Tensor | None, ...], found: tuple[Any, ...]
@@ -197,11 +217,18 @@ class Launches:
         for kernel, (prepared, places) in zip(kernels, self.steps, strict=True):
             given = [tensors[place] for place in places]
             prepared(kernel, *given)
-            started = prepared.started(given)
-            if started is not None:
-                runs.append((prepared.grid, *started.run[:2], itemgetter(*places), started.run[2]))
+            step = prepared.step(places, given)
+            if step is not None:
+                runs.append(step)
         if len(runs) == len(self.steps):
             self._runs[found] = runs
+
+
+def _chosen(places: tuple[int, ...]) -> _Chosen:
+    """Return what takes the values at these places, always as a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple([values[place] for place in places])
 
 
 class _Started:
@@ -215,11 +242,26 @@ class _Started:
         self._encoded: list[dict[int, tuple[object, ...]]] = [{} for _ in range(blocks)]
         self._together: dict[tuple[int | None, ...], list[object]] = {}
 
+    def describing(self, templates: tuple[Any, ...], chosen: _Chosen) -> _Describe:
+        """Return what describes those of a call's addresses and tensors that ``chosen`` takes."""
+        together = self._together
+
+        def describe(
+            pointers: list[int | None], tensors: tuple[Tensor | None, ...]
+        ) -> Sequence[object]:
+            addresses = chosen(pointers)
+            found = together.get(addresses)
+            if found is None:
+                found = self.described(templates, chosen(tensors), addresses)
+            return found
+
+        return describe
+
     def described(
         self,
         templates: tuple[Any, ...],
         tensors: tuple[Tensor | None, ...],
-        pointers: list[int | None],
+        addresses: tuple[int | None, ...],
     ) -> list[object]:
         """Return what stands for the descriptors of the first tensors, at these addresses."""
         if self._encode is None:
@@ -227,13 +269,12 @@ class _Started:
                 _copied(template, tensor)
                 for template, tensor in zip(templates, tensors, strict=False)
             ]
-        key = tuple(pointers)
-        found = self._together.get(key)
+        found = self._together.get(addresses)
         if found is None:
             found = self._described_new(self._encode, templates, tensors)
             if len(self._together) >= MOST_ENCODED:
                 self._together.clear()
-            self._together[key] = found
+            self._together[addresses] = found
         return found
 
     def _described_new(

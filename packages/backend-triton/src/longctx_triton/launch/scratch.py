@@ -17,8 +17,8 @@ from longctx_triton.launch.direct import raw_stream
 
 __all__ = ["Pieces", "scratch"]
 
-Pieces = tuple[tuple[int, torch.dtype], ...]
-"""Numbers and dtype of each piece."""
+Pieces = tuple[tuple[int, torch.dtype] | tuple[int, torch.dtype, torch.dtype], ...]
+"""Numbers and dtype of each piece, and the dtype in which it is handed out once more."""
 
 ALIGNMENT = 256
 """Bytes, at whose multiples pieces begin."""
@@ -50,8 +50,9 @@ def scratch(like: Tensor, pieces: Pieces) -> tuple[Tensor, ...]:
     ----------
     like : Tensor
         On the GPU that is current.
-    pieces : tuple of (int, torch.dtype)
-        Size and dtype of each piece, of one dimension.
+    pieces : tuple of (int, torch.dtype) or (int, torch.dtype, torch.dtype)
+        Size and dtype of each piece, of one dimension; one of two dtypes comes in both, the
+        second, whose numbers fit the piece, right after the first.
     """
     index = like.get_device()
     if index >= 0 and not torch.cuda.is_current_stream_capturing():
@@ -65,7 +66,7 @@ def scratch(like: Tensor, pieces: Pieces) -> tuple[Tensor, ...]:
     return _cut(_memory(_size(pieces), like.device), pieces)
 
 
-def _bytes(piece: tuple[int, torch.dtype]) -> int:
+def _bytes(piece: tuple[int, torch.dtype] | tuple[int, torch.dtype, torch.dtype]) -> int:
     return math.ceil(piece[0] * piece[1].itemsize / ALIGNMENT) * ALIGNMENT
 
 
@@ -81,8 +82,8 @@ def _memory(size: int, device: torch.device) -> Tensor:
 def _cut(memory: Tensor, pieces: Pieces) -> tuple[Tensor, ...]:
     cut, begin = [], 0
     for piece in pieces:
-        count, dtype = piece
-        cut.append(memory[begin : begin + count * dtype.itemsize].view(dtype))
+        part = memory[begin : begin + piece[0] * piece[1].itemsize]
+        cut += [part.view(dtype) for dtype in piece[1:]]
         begin += _bytes(piece)
     return tuple(cut)
 

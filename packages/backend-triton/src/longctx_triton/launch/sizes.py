@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["aligned", "heads_in_cache", "padded"]
+__all__ = ["heads_in_cache", "padded", "used_strides"]
 
 
 def padded(size: int, least: int = 16) -> int:
@@ -15,6 +15,11 @@ def heads_in_cache(l2: int, seq: int, row_bytes: int, heads: int = 1) -> int:
     return max(1, l2 * 5 // 8 // max(1, heads * seq * row_bytes))
 
 
-def aligned(size: int) -> int:
-    """Return the next multiple of 16: numbers of a piece of memory that another one follows."""
-    return -(-size // 16) * 16
+def used_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of batch, sequence and heads; 0 where an axis has one entry.
+
+    The stride of such an axis is arbitrary, and Triton compiles anew for an odd one.
+    """
+    return tuple(
+        stride if size > 1 else 0 for size, stride in zip(shape[:3], strides[:3], strict=True)
+    )

@@ -49,9 +49,9 @@ class StarQueryPlan(NamedTuple):
     shards : tuple of ShardLaunch
         Of the shards that hold keys.
     merged : Launches or None
-        Of their parts, and of ``merge_parts_kernel``: of q, every launch's `ShardLaunch.inputs`,
-        the parts' results and log-sum-exps, and the results. None where every shard goes on from
-        the result of the one before.
+        Of their parts, and of ``merge_parts_kernel``: of q, every shard's keys and values, the
+        parts' results and log-sum-exps, the results, and None for shards that a launch might
+        take. None where every shard goes on from the result of the one before.
     memory : Pieces
         Of the parts' results, then of their log-sum-exps.
     """
@@ -65,9 +65,7 @@ class StarQueryPlan(NamedTuple):
 def star_query_plan(
     q_shape: tuple[int, ...],
     q_strides: tuple[int, ...],
-    k_shapes: tuple[tuple[int, ...], ...],
-    k_strides: tuple[tuple[int, ...], ...],
-    v_strides: tuple[tuple[int, ...], ...],
+    layout: tuple[tuple[int, ...], ...],
     value_dim: int,
     query_shard: int,
     scale: float,
@@ -79,16 +77,16 @@ def star_query_plan(
     ----------
     q_shape, q_strides : tuple of int
         Of the queries.
-    k_shapes : tuple of shapes
-        Of the shards' keys ``(batch, shard_len, kv_heads, head_dim)``.
-    k_strides, v_strides : tuple of strides
-        Of each shard's keys and values.
+    layout : tuple of tuple of int
+        Of each shard the shape ``(batch, shard_len, kv_heads, head_dim)`` and the strides of its
+        keys, then the strides of its values.
     value_dim : int
     query_shard : int
         The shard in which attention is causal.
     scale : float
     device : Device
     """
+    k_shapes, k_strides, v_strides = layout[::3], layout[1::3], layout[2::3]
     batch, q_len, heads, head_dim = q_shape
     kv_heads = k_shapes[0][2]
     group = heads // kv_heads
@@ -129,12 +127,12 @@ def star_query_plan(
         parts += 0 if chained else ends[-1]
     if chained:
         return StarQueryPlan(tuple(shards), None, ())
-    steps, own = [], 1
-    end = 1 + 2 * MOST_SHARDS * len(shards)
+    steps = []
+    end = 1 + 2 * len(k_shapes)
     for shard in shards:
-        inputs = range(own, own + 2 * MOST_SHARDS)
+        inputs = [place for n in shard.numbers for place in (2 * n + 1, 2 * n + 2)]
+        inputs += [end + 4] * (2 * MOST_SHARDS - len(inputs))
         steps.append((shard.attend, (0, *inputs, end, end + 1, end, end + 1)))
-        own = inputs.stop
     merge = merge_plan(parts, (batch, q_len, heads, value_dim), False)
     steps.append((merge, (end, end + 1, end + 3, end + 2, end + 3)))
     rows = parts * batch * q_len * heads

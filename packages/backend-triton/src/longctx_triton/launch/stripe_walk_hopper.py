@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from longctx_triton.kernels.stripe_tables import (
 )
 from longctx_triton.kernels.stripe_walk_hopper import stripe_walk_hopper_kernel
 from longctx_triton.launch.device import Device
-from longctx_triton.launch.flash_hopper import copyable, rows_block
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.flash_hopper import even, rows_block
+from longctx_triton.launch.prepared import Launches, Prepared
+from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.sizes import heads_in_cache
 from longctx_triton.launch.tuning import tuned
 
@@ -33,6 +35,8 @@ CHUNK = 32
 """Groups of 128 keys that the lists take at a time."""
 GATHERED = 64
 """Columns that a program copies."""
+MOST_COPIED = 8 << 20
+"""Bytes of columns that are copied to memory that is kept; more of them are allocated."""
 
 
 class StripeWalkTiles(NamedTuple):
@@ -64,19 +68,19 @@ class _Plan(NamedTuple):
 
     Attributes
     ----------
-    tables, lists, columns : tuple of int
-        Shapes of what the kernels keep between them.
-    bits, order, gather, attend : Prepared
-        The kernels that make bitmaps, lists, the columns' copies, and the result.
+    launches : Launches
+        Of the kernels that make bitmaps, lists, the columns' copies, and the result: of q, k, v,
+        the results, the stripes, and what the kernels keep between them.
+    memory : Pieces
+        Of the bitmaps, as numbers of 32 and of 64 bits, of the lists, and of the columns if they
+        are few.
+    columns : int
+        Numbers of the columns' copies where they are many.
     """
 
-    tables: tuple[int, ...]
-    lists: tuple[int, ...]
-    columns: tuple[int, ...]
-    bits: Prepared
-    order: Prepared
-    gather: Prepared
-    attend: Prepared
+    launches: Launches
+    memory: Pieces
+    columns: int
 
 
 def stripe_walk_forward(
@@ -103,30 +107,24 @@ def stripe_walk_forward(
     bool
         Whether it ran: for the types and head sizes of the kernel, and a positive scale.
     """
-    head_dim = q.shape[3]
-    if not (
-        q.dtype in _HALF
-        and head_dim == v.shape[3]
-        and head_dim in (64, 128)
-        and k.shape[1] > 0
-        and scale > 0
-        and all(copyable(t) for t in (q, k, v))
-    ):
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return False
+    dtype = q.dtype
     plan = _plan(
-        q.shape, q.stride(), k.shape, k.stride(), v.stride(),
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype,
         vertical.shape, vertical.stride(), vertical_counts.stride(0),
-        slash.shape[2], slash.stride(), slash_counts.stride(0),
-        scale, device, stripe_walk_tiles(head_dim),
+        slash.shape[2], slash.stride(), slash_counts.stride(0), scale, device,
     )  # fmt: skip
-    tables = q.new_empty(plan.tables, dtype=torch.int32)
-    lists = q.new_empty(plan.lists, dtype=torch.int32)
-    columns = q.new_empty(plan.columns)
-    plan.bits(stripe_bits_kernel, tables, vertical, vertical_counts, slash, slash_counts)
-    plan.order(stripe_lists_kernel, tables, lists)
-    plan.gather(gather_columns_kernel, k, v, columns, lists)
-    plan.attend(
-        stripe_walk_hopper_kernel, q, k, v, out, columns, lse, lists, tables.view(torch.int64)
+    if plan is None:
+        return False
+    kept = scratch(q, plan.memory)
+    if plan.columns:
+        kept = (*kept, torch.empty(plan.columns, dtype=dtype, device=q.device))
+    kernels = (
+        stripe_bits_kernel, stripe_lists_kernel, gather_columns_kernel, stripe_walk_hopper_kernel,
+    )  # fmt: skip
+    plan.launches(
+        kernels, q, k, v, out, lse, vertical, vertical_counts, slash, slash_counts, *kept
     )
     return True
 
@@ -137,7 +135,9 @@ def _plan(
     q_strides: tuple[int, ...],
     k_shape: tuple[int, ...],
     k_strides: tuple[int, ...],
+    v_shape: tuple[int, ...],
     v_strides: tuple[int, ...],
+    dtype: torch.dtype,
     vertical_shape: tuple[int, ...],
     vertical_strides: tuple[int, ...],
     vertical_count_stride: int,
@@ -146,9 +146,20 @@ def _plan(
     slash_count_stride: int,
     scale: float,
     device: Device,
-    sizes: StripeWalkTiles,
-) -> _Plan:
+) -> _Plan | None:
+    """Return the launches, or None for what the kernel does not take."""
     batch, q_len, q_heads, head_dim = q_shape
+    tensors = ((q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides))
+    if not (
+        dtype in _HALF
+        and head_dim == v_shape[3]
+        and head_dim in (64, 128)
+        and k_shape[1] > 0
+        and scale > 0
+        and all(even(shape, strides, 16 // dtype.itemsize) for shape, strides in tensors)
+    ):
+        return None
+    sizes = stripe_walk_tiles(head_dim)
     k_len, kv_heads = k_shape[1:3]
     _, sets, n_vertical = vertical_shape
     groups, capacity = -(-k_len // _TILE) + 1, max(1, min(n_vertical, k_len))
@@ -160,38 +171,49 @@ def _plan(
     columns = (2 * batch, capacity, copies, head_dim)
     column_strides = (copies * capacity * head_dim, head_dim, capacity * head_dim, 1)
     eights = [stride // 8 for stride in (*k_strides[:3], *v_strides[:3])]
-    return _Plan(
-        (batch * sets, 2, words, 2),
-        (batch * sets, s_list),
-        (2 * batch, copies, capacity, head_dim),
-        Prepared(
-            (batch * sets, 2, words // WORDS + 1),
-            (*vertical_strides[:2], vertical_count_stride, *slash_strides[:2], slash_count_stride,
-             sets, k_len, groups, n_vertical, n_slash),
-            {"WORDS": WORDS, "ENTRIES": ENTRIES, "num_warps": 4},
-        ),
-        Prepared(
-            (batch * sets,), (groups, capacity, s_list), {"CHUNK": CHUNK, "num_warps": 8}
-        ),
-        Prepared(
-            (batch * copies, -(-capacity // GATHERED)),
-            (*eights, copies, copies // kv_heads, sets, copies // sets, groups, capacity, s_list),
-            {"D": head_dim, "ROWS": GATHERED, "num_warps": 4},
-        ),
-        Prepared(
-            (min(tiles * units, device.processors),),
-            (scale, tiles, units, section, q_heads, group, q_heads // copies, batch, q_len, k_len,
-             sets, q_heads // sets, groups, capacity, s_list),
-            {
-                "HEAD_DIM": head_dim, "STAGES": sizes.stages, "LAZY": sizes.lazy,
-                "REGISTERS": sizes.registers, "num_warps": 4,
-            },
-            (
-                rows_block(q_shape, q_strides, ROWS, 2),
-                rows_block(k_shape, k_strides, _TILE, 2),
-                rows_block(k_shape, v_strides, _TILE, 2),
-                rows_block(q_shape, out_strides, ROWS, 2),
-                rows_block(columns, column_strides, _TILE, 2),
-            ),
+    bits = Prepared(
+        (batch * sets, 2, words // WORDS + 1),
+        (*vertical_strides[:2], vertical_count_stride, *slash_strides[:2], slash_count_stride,
+         sets, k_len, groups, n_vertical, n_slash),
+        {"WORDS": WORDS, "ENTRIES": ENTRIES, "num_warps": 4},
+    )  # fmt: skip
+    order = Prepared(
+        (batch * sets,), (groups, capacity, s_list), {"CHUNK": CHUNK, "num_warps": 8}
+    )  # fmt: skip
+    gather = Prepared(
+        (batch * copies, -(-capacity // GATHERED)),
+        (*eights, copies, copies // kv_heads, sets, copies // sets, groups, capacity, s_list),
+        {"D": head_dim, "ROWS": GATHERED, "num_warps": 4},
+    )  # fmt: skip
+    attend = Prepared(
+        (min(tiles * units, device.processors),),
+        (scale, tiles, units, section, q_heads, group, q_heads // copies, batch, q_len, k_len,
+         sets, q_heads // sets, groups, capacity, s_list),
+        {
+            "HEAD_DIM": head_dim, "STAGES": sizes.stages, "LAZY": sizes.lazy,
+            "REGISTERS": sizes.registers, "num_warps": 4,
+        },
+        (
+            rows_block(q_shape, q_strides, ROWS, 2),
+            rows_block(k_shape, k_strides, _TILE, 2),
+            rows_block(k_shape, v_strides, _TILE, 2),
+            rows_block(q_shape, out_strides, ROWS, 2),
+            rows_block(columns, column_strides, _TILE, 2),
         ),
     )  # fmt: skip
+    memory: Pieces = (
+        (batch * sets * 4 * words, torch.int32, torch.int64),
+        (batch * sets * s_list, torch.int32),
+    )
+    copied = math.prod(columns)
+    few = copied * dtype.itemsize <= MOST_COPIED
+    if few:
+        memory = (*memory, (copied, dtype))
+    tables, wide, listed, gathered = range(9, 13)
+    launches = Launches(
+        (bits, (tables, 5, 6, 7, 8)),
+        (order, (tables, listed)),
+        (gather, (1, 2, gathered, listed)),
+        (attend, (0, 1, 2, 3, gathered, 4, listed, wide)),
+    )
+    return _Plan(launches, memory, 0 if few else copied)

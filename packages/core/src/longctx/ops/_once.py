@@ -20,6 +20,7 @@ MOST_PASSED = 4096
 """Keys that are remembered; lengths that grow from call to call must not fill the memory."""
 
 _passed: set[tuple[object, ...]] = set()
+_SEQUENCE = object()
 _PLAIN = frozenset({int, float, bool, str, NoneType})
 
 
@@ -40,7 +41,9 @@ def check_once(check: Callable[..., None], *args: Any) -> None:
         if args[0].is_cpu:
             key = None
         else:
-            key = (check, *_known(args))
+            found: list[object] = [check]
+            _add_known(found, args)
+            key = tuple(found)
             if key in _passed and not switched_on("LONGCTX_CHECK_VALUES"):
                 return
     except (AttributeError, TypeError):  # not a tensor, or of symbolic shape: never remembered
@@ -52,22 +55,27 @@ def check_once(check: Callable[..., None], *args: Any) -> None:
         _passed.add(key)
 
 
-def _known(values: Iterable[Any]) -> list[object]:
-    """Return what a check can know of values without reading tensors."""
-    return [
-        (v.shape, v.stride(), v.dtype, v.device, v.requires_grad)
-        if isinstance(v, Tensor)
-        else v
-        if type(v) in _PLAIN
-        else _facts(v)
-        for v in values
-    ]
+def _add_known(found: list[object], values: Iterable[Any]) -> None:
+    """Add what a check can know of values without reading tensors.
 
-
-def _facts(value: Any) -> object:
-    if isinstance(value, list | tuple):
-        return tuple(_known(value))
-    # a plan: a dataclass of tensors and plain values; other things have no such fields
-    if hasattr(type(value), "__dataclass_fields__"):
-        return type(value), *_known(vars(value).values())
-    raise TypeError(f"a {type(value).__name__} is not remembered")
+    All in a row, which is hashed sooner than a tree: sequences begin with a mark and their length,
+    plans with their type, and dtypes tell where tensors stand.
+    """
+    for v in values:
+        kind = type(v)
+        if kind is Tensor or isinstance(v, Tensor):
+            found += (v.shape, v.stride(), v.dtype, v.device, v.requires_grad)
+        elif kind in _PLAIN:
+            found.append(v)
+        elif kind is tuple or kind is list:
+            found += (_SEQUENCE, len(v))
+            _add_known(found, v)
+        # a plan: a dataclass of tensors and plain values; other things have no such fields
+        elif hasattr(kind, "__dataclass_fields__"):
+            found.append(kind)
+            _add_known(found, vars(v).values())
+        elif isinstance(v, list | tuple):
+            found += (_SEQUENCE, len(v))
+            _add_known(found, v)
+        else:
+            raise TypeError(f"a {kind.__name__} is not remembered")

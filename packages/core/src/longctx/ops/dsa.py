@@ -260,7 +260,7 @@ def index_topk(
     key_start, key_end = both_bounds(key_start, key_end, k8.shape[1])
     indices = call(
         select_op, select, False,
-        *(detached(t) for t in (q8, k8, k_scale, weights)),
+        detached(q8), detached(k8), detached(k_scale), detached(weights),
         key_start, key_end, k, causal, deterministic, chosen,
     )  # fmt: skip
     return TopKPlan(indices.unsqueeze(2))
