@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -17,6 +14,7 @@ from longctx_triton.kernels.stripes import (
 )
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.key_range import range_plan
+from longctx_triton.launch.key_walk_hopper import block_list_forward, key_range_forward
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import (
@@ -24,6 +22,7 @@ from longctx_triton.launch.sparse_tiles import (
     signed_scale,
     stripe_tile,
 )
+from longctx_triton.launch.stripe_walk_hopper import stripe_walk_forward
 
 __all__ = ["block_sparse_forward", "stripe_sparse_forward", "window_sparse_forward"]
 
@@ -38,14 +37,6 @@ def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, q_len, heads, _ = q.shape
     out = torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device)
     return out, torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-
-
-@cache
-def _gluon() -> tuple[Callable[..., bool], Callable[..., bool]]:
-    """Return what runs Hopper's own kernels: Gluon is imported where it can run."""
-    from longctx_triton.launch.key_walk_hopper import block_list_forward, key_range_forward
-
-    return block_list_forward, key_range_forward
 
 
 def block_sparse_forward(
@@ -67,13 +58,11 @@ def block_sparse_forward(
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
-    if device.runs_gluon:
-        block_list_forward, _ = _gluon()
-        if block_list_forward(
-            device, q, k, v, out, lse, counts, indices,
-            block_q=block_q, block_k=block_k, causal=causal, scale=scale,
-        ):  # fmt: skip
-            return out, lse
+    if device.runs_gluon and block_list_forward(
+        device, q, k, v, out, lse, counts, indices,
+        block_q=block_q, block_k=block_k, causal=causal, scale=scale,
+    ):  # fmt: skip
+        return out, lse
     tiles = block_tiles(head_dim, value_dim, device.arch, min(block_q, q_len))
     queries, keys = tiles.queries, tiles.keys
     # a key block that is no multiple of the tile's is walked in smaller tiles, or gathered
@@ -113,13 +102,11 @@ def window_sparse_forward(
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
-    if device.runs_gluon:
-        _, key_range_forward = _gluon()
-        if key_range_forward(
-            device, q, k, v, out, lse, scale=scale, window=window, anchor=sink_tokens,
-            last_queries=last_queries, head_windows=head_windows,
-        ):  # fmt: skip
-            return out, lse
+    if device.runs_gluon and key_range_forward(
+        device, q, k, v, out, lse, scale=scale, window=window, anchor=sink_tokens,
+        last_queries=last_queries, head_windows=head_windows,
+    ):  # fmt: skip
+        return out, lse
     plan = range_plan(
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), scale, device,
         window=window, anchor=sink_tokens, last_queries=last_queries,
@@ -147,13 +134,10 @@ def stripe_sparse_forward(
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
-    if device.runs_gluon:
-        from longctx_triton.launch.stripe_walk_hopper import stripe_walk_forward
-
-        if stripe_walk_forward(
-            device, q, k, v, out, lse, vertical, vertical_counts, slash, slash_counts, scale=scale
-        ):
-            return out, lse
+    if device.runs_gluon and stripe_walk_forward(
+        device, q, k, v, out, lse, vertical, vertical_counts, slash, slash_counts, scale=scale
+    ):
+        return out, lse
     tile = stripe_tile(head_dim, value_dim, device.arch)
     sets_a_batch, n_vertical, n_slash = vertical.shape[1], vertical.shape[2], slash.shape[2]
     sets = batch * sets_a_batch

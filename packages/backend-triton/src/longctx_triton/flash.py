@@ -6,8 +6,7 @@ and with ``LONGCTX_TRITON_FLASH=portable`` in the environment, kernels of ``tl.d
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,13 @@ from longctx_triton.kernels.flash_backward import (
 from longctx_triton.kernels.flash_forward import flash_forward_kernel
 from longctx_triton.launch.device import Device, device_of
 from longctx_triton.launch.flash import dkdv_tiles, dq_tiles, forward_tiles
+from longctx_triton.launch.flash_backward_hopper import (
+    hopper_backward,
+    hopper_backward_takes,
+    padded_rows,
+)
+from longctx_triton.launch.flash_hopper import hopper_forward
+from longctx_triton.launch.key_walk_hopper import key_range_forward
 from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.sizes import heads_in_cache, padded, used_strides
 
@@ -67,7 +73,6 @@ def flash_forward(
     left, right = _band(causal, window_left, window_right, q_len, k_len)
     device = device_of(q.device)
     if softcap == 0 and cu_seqlens_q is None and device.runs_gluon:
-        hopper_forward, key_range_forward = _gluon()
         if left is None:
             ran = hopper_forward(
                 device, q, k, v, out, lse, right, sinks, (q_descale, k_descale, v_descale), scale
@@ -94,15 +99,6 @@ def flash_forward(
         q_descale, k_descale, v_descale,
     )  # fmt: skip
     return out, lse
-
-
-@cache
-def _gluon() -> tuple[Callable[..., bool], Callable[..., bool]]:
-    """Return what runs Hopper's own kernels: Gluon is imported where it can run."""
-    from longctx_triton.launch.flash_hopper import hopper_forward
-    from longctx_triton.launch.key_walk_hopper import key_range_forward
-
-    return hopper_forward, key_range_forward
 
 
 @lru_cache(maxsize=512)
@@ -201,16 +197,8 @@ def flash_backward(
         and cu_seqlens_q is None
         and device.runs_gluon
         and not torch.are_deterministic_algorithms_enabled()
+        and hopper_backward_takes(q, k, v, right, scale)
     )
-    if one_pass:
-        # Gluon is imported where it can run
-        from longctx_triton.launch.flash_backward_hopper import (
-            hopper_backward,
-            hopper_backward_takes,
-            padded_rows,
-        )
-
-        one_pass = hopper_backward_takes(q, k, v, right, scale)
     units = batch * q_heads
     row_tiles = -(-q_len // _DELTA_ROWS)
     rows = padded_rows(q_len) if one_pass else q_len

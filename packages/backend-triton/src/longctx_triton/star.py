@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from longctx_triton.kernels.merge_parts import merge_parts_kernel
 from longctx_triton.kernels.star_query import star_query_kernel
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.key_range import range_plan
+from longctx_triton.launch.key_walk_hopper import key_range_forward
 from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.star_query import StarQueryPlan, star_query_plan
 
@@ -29,7 +29,7 @@ def star_context_forward(
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
-    if device.runs_gluon and _gluon()(
+    if device.runs_gluon and key_range_forward(
         device, q, k, v, out, lse, scale=scale, anchor=anchor_size, block=block_size
     ):
         return out, lse
@@ -39,14 +39,6 @@ def star_context_forward(
     )  # fmt: skip
     plan(range_attention_kernel, q, k, v, out, lse, lse)
     return out, lse
-
-
-@cache
-def _gluon() -> Callable[..., bool]:
-    """Return what runs Hopper's own kernel: Gluon is imported where it can run."""
-    from longctx_triton.launch.key_walk_hopper import key_range_forward
-
-    return key_range_forward
 
 
 def star_query_forward(

@@ -17,6 +17,7 @@ from longctx_triton.kernels.token_scores import (
 from longctx_triton.launch.clear_rows import cleared
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.scratch import scratch
+from longctx_triton.launch.token_attention_hopper import token_attention_forward
 from longctx_triton.launch.token_sparse import attend_plan, mass_plan, score_plan
 
 __all__ = ["select_tokens_forward", "token_scores_forward", "token_sparse_forward"]
@@ -65,12 +66,10 @@ def token_sparse_forward(
     if out.numel() == 0 or indices.numel() == 0:
         return out, lse
     device = device_of(q.device)
-    if device.runs_gluon:
-        # Gluon is imported where it can run
-        from longctx_triton.launch.token_attention_hopper import token_attention_forward
-
-        if token_attention_forward(device, q, k, v, out, lse, indices, counts, scale=scale):
-            return out, lse
+    if device.runs_gluon and token_attention_forward(
+        device, q, k, v, out, lse, indices, counts, scale=scale
+    ):
+        return out, lse
     plan = attend_plan(
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), indices.shape,
         (*indices.stride()[:2], counts.stride(0)), scale, device,
