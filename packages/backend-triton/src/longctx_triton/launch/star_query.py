@@ -21,8 +21,6 @@ __all__ = ["ShardLaunch", "StarQueryPlan", "star_query_plan"]
 
 LEAST_TILES = 4
 """Key tiles that are worth a part of their own."""
-
-
 MOST_SHARDS = 4
 """Shards of one launch."""
 
