@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from longctx_triton import flash
 from longctx_triton.kernels import flash_hopper as hopper_kernel
+from longctx_triton.kernels.flash_hopper_softmax import SLACK
 from longctx_triton.launch import flash_hopper as hopper_launch
 from longctx_triton.launch.device import Device
 
@@ -45,14 +46,14 @@ class Simulated:
             "async_load": lambda d, c, b, m: play.async_load(d, c, play.Shared(play.row(b)), m),
             "async_store": play.async_store,
             "_depth": play.quiet,
-            "_exp2": lambda t, _poly: torch.exp2(t),
-            "faded": lambda t, fade, _lazy: t * fade[:, None],
+            "faded": lambda t, fade: t * fade[:, None],
             "hide": play.hide,
             "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
             "ROW_THREADS": None,
             "_ROWS": hopper_kernel.ROWS,
             "_LOG2E": math.log2(math.e),
             "_LN2": math.log(2),
+            "_SLACK": SLACK,
             "float": float,
         }
         for item in names.values():

@@ -71,7 +71,7 @@ def stages(request, monkeypatch):
     """Run with so many stages."""
 
     def tiles(_head_dim, most_keys):
-        return launch.WalkTiles(most_keys, request.param, 240, True)
+        return launch.WalkTiles(most_keys, request.param, 240)
 
     monkeypatch.setattr(launch, "walk_tiles", tiles)
     # launches are remembered with their tiles

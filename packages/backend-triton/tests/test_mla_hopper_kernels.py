@@ -74,6 +74,9 @@ class Shared:
     def index(self, i):
         return Shared(self.data[int(i)])
 
+    def slice(self, start, length, axis=0):
+        return Shared(self.data.narrow(axis, start, length))
+
     def permute(self, order):
         return Shared(self.data.permute(*order))
 
@@ -207,7 +210,7 @@ LANGUAGE = types.SimpleNamespace(
     SwizzledSharedLayout=quiet,
     allocate_shared_memory=allocate,
     arange=lambda a, b, _layout: torch.arange(a, b, dtype=torch.int32),
-    convert_layout=lambda t, _layout: t,
+    convert_layout=lambda t, _layout, assert_trivial=False: t,
     exp2=torch.exp2,
     log2=torch.log2,
     full=lambda shape, value, dtype, _layout: torch.full(shape, value, dtype=dtype),
@@ -245,6 +248,7 @@ class Simulated:
             **names,
             **constants,
             "gl": LANGUAGE,
+            "ROW_THREADS": None,
             "async_copy": types.SimpleNamespace(mbarrier_arrive=arrive_after_copies),
             "async_load_rows": copy,
             "barrier": dawdle,

@@ -64,7 +64,7 @@ def hopper(monkeypatch):
 @pytest.fixture(params=[2, 3])
 def stages(request, monkeypatch):
     """Run with so many stages."""
-    tiles = launch.StripeWalkTiles(request.param, 240, True)
+    tiles = launch.StripeWalkTiles(request.param, 240)
     monkeypatch.setattr(launch, "stripe_walk_tiles", lambda _: tiles)
     # launches are remembered with their tiles
     launch._plan.cache_clear()

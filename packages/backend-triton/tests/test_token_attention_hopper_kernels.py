@@ -116,6 +116,9 @@ class Mailbox(play.Shared):
     def index(self, i):
         return Mailbox(self.data[int(i)])
 
+    def slice(self, start, length):
+        return Mailbox(self.data[start : start + length])
+
     def load(self, _layout):
         return self.data.clone()
 
@@ -158,13 +161,13 @@ class Simulated:
             "fence_async_shared": play.quiet,
             "warpgroup_mma": play.warpgroup_mma,
             "warpgroup_mma_wait": play.warpgroup_mma_wait,
-            "_exp2": lambda t, _poly: torch.exp2(t),
-            "faded": lambda t, fade, _lazy: t * fade[:, None],
+            "faded": lambda t, fade: t * fade[:, None],
             "hide": hide,
             "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
             **dict.fromkeys(("ROW_THREADS", "_COPIED", "_LISTED", "_ONE")),
             "float": float,
             "_ROWS": launch.ROWS,
+            "_SLACK": flash_hopper_softmax.SLACK,
             "_TILE": 2 * launch.ROWS,
             "_GATHER_THREADS": 128,
             "_LN2": math.log(2),
@@ -216,7 +219,7 @@ def hopper(monkeypatch):
 def stages(request, monkeypatch):
     """Run with so many stages."""
     monkeypatch.setattr(
-        launch, "gather_tiles", lambda _dim: launch.GatherTiles(request.param, 232, 40, True)
+        launch, "gather_tiles", lambda _dim: launch.GatherTiles(request.param, 232, 40)
     )
 
 

@@ -33,6 +33,8 @@ class Simulated:
     """
 
     def __init__(self, kernel, *modules, **instead):
+        from longctx_triton.kernels.flash_hopper_softmax import SLACK
+
         names = {
             name: types.FunctionType(item.fn.__code__, {})
             for module in modules
@@ -50,8 +52,7 @@ class Simulated:
             "async_load": lambda d, c, b, m: play.async_load(d, c, play.Shared(play.row(b)), m),
             "async_store": play.async_store,
             "_depth": play.quiet,
-            "_exp2": lambda t, _poly: torch.exp2(t),
-            "faded": lambda t, fade, _lazy: t * fade[:, None],
+            "faded": lambda t, fade: t * fade[:, None],
             "hide": hide,
             "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
             "ROW_THREADS": None,
@@ -59,6 +60,7 @@ class Simulated:
             "_ROWS": 64,
             "_LOG2E": math.log2(math.e),
             "_LN2": math.log(2),
+            "_SLACK": SLACK,
             **instead,
         }
         for item in names.values():

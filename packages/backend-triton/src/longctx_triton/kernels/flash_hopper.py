@@ -126,7 +126,7 @@ def advance(
     step, beat, first, limits, lows, kept, BANDS: gl.constexpr, scale2,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
-    LAZY: gl.constexpr, POLY: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
 
@@ -145,7 +145,7 @@ def advance(
     k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
     s_token = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
-    b_o = faded(b_o, b_fade, LAZY)
+    b_o = faded(b_o, b_fade)
     v = v_s.index(slot_v).reshape([BLOCK_K, VALUE_DIM])
     o_token = warpgroup_mma(b_p, v, b_o, is_async=True)
     if PING_PONG:
@@ -158,7 +158,7 @@ def advance(
         b_s = hide(b_s, lows - first, False)
     if kept is not None:
         b_s = keep(b_s, b_kept)
-    b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED, POLY)
+    b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED)
     # The assembler moves a bare wait for the product above the exponentials, and nothing
     # overlaps; it does not move one across the branch of this wait.
     mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
@@ -172,7 +172,7 @@ def _consume(
     ours, common,
     G: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_SINKS: gl.constexpr,
-    PING_PONG: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
+    PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Attend for rows ``[64 G, 64 G + 64)`` of each of the program's tiles."""
     p_o, lse, sinks, q_descale, k_descale, v_descale, o_s, beats, scale = ours
@@ -230,7 +230,7 @@ def _consume(
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         b_p, b_m, b_l, b_fade = block_softmax(
-            b_s, b_m, b_l, scale2, (blocks - 1) * BLOCK_K, limits, True, POLY
+            b_s, b_m, b_l, scale2, (blocks - 1) * BLOCK_K, limits, True
         )  # fmt: skip
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         # the first block is done: the next ones down to ``whole`` are masked, the rest are not
@@ -242,7 +242,7 @@ def _consume(
                     mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, None,
                     None, True, scale2,
                     G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
-                    LAZY, POLY, s_layout, o_layout,
+                    s_layout, o_layout,
                 )  # fmt: skip
                 beat += 1
         for i in range(masked_end, blocks):
@@ -250,14 +250,14 @@ def _consume(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 mine, other, step + i, beat, 0, limits, None, None, True, scale2,
                 G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, False, PING_PONG,
-                LAZY, POLY, s_layout, o_layout,
+                s_layout, o_layout,
             )  # fmt: skip
             beat += 1
         mbarrier.arrive(q_empty.index(G), count=1)
         step += blocks
         slot_v = (step - 1) % STAGES
         b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
-        b_o = faded(b_o, b_fade, LAZY)
+        b_o = faded(b_o, b_fade)
         v = v_s.index(slot_v).reshape([BLOCK_K, VALUE_DIM])
         b_o = warpgroup_mma(b_p, v, b_o, is_async=True)
 
@@ -285,7 +285,7 @@ def flash_hopper_kernel(
     tiles, units, section, q_heads, group, q_len, k_len,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_SINKS: gl.constexpr, PING_PONG: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
+    HAS_SINKS: gl.constexpr, PING_PONG: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend: ``p_*`` describe ``[B, S, H, D]``, every row sees a key, the scale is positive.
@@ -324,9 +324,9 @@ def flash_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ours, common, 0, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                            CAUSAL, HAS_SINKS, PING_PONG)),
                 (_consume, (ours, common, 1, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                            CAUSAL, HAS_SINKS, PING_PONG)),
                 (_feed, (p_q, p_k, p_v, common, CONSUMERS, BLOCK_K, STAGES, CAUSAL)),
             ],
             [4, 1],
@@ -336,11 +336,11 @@ def flash_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ours, common, 0, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                            CAUSAL, HAS_SINKS, PING_PONG)),
                 (_consume, (ours, common, 1, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                            CAUSAL, HAS_SINKS, PING_PONG)),
                 (_consume, (ours, common, 2, CONSUMERS, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES,
-                            CAUSAL, HAS_SINKS, PING_PONG, LAZY, POLY)),
+                            CAUSAL, HAS_SINKS, PING_PONG)),
                 (_feed, (p_q, p_k, p_v, common, CONSUMERS, BLOCK_K, STAGES, CAUSAL)),
             ],
             [4, 4, 1],

@@ -9,11 +9,14 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["ROWS", "ROW_THREADS", "block_softmax", "denominator", "faded", "hide"]
+__all__ = ["ROWS", "ROW_THREADS", "SLACK", "block_softmax", "denominator", "faded", "hide"]
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = 64
 """Query rows of one warpgroup, which is what its matrix instruction multiplies."""
+SLACK = 8.0
+"""Powers of two that a row's maximum may rise before its sums are rescaled."""
+_SLACK = gl.constexpr(SLACK)
 
 ROW_THREADS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -25,68 +28,28 @@ ROW_THREADS = gl.constexpr(
 
 @gluon.jit
 def block_softmax(
-    b_s, b_m, b_l, scale2, first, limits,
-    MASKED: gl.constexpr, POLY: gl.constexpr,
+    b_s, b_m, b_l, scale2, first, limits, MASKED: gl.constexpr
 ):  # fmt: skip
-    """Return ``(P, running maximum, running sum, fading factor)`` in base 2.
+    """Return ``(P, row reference, running sum, fading factor)`` in base 2.
 
-    ``limits`` (or None) are the last keys that the rows see.
+    ``limits`` (or None) are the last keys that the rows see. The reference, which P is taken
+    from, is the running maximum or up to `SLACK` less: weights above 1 are as precise as others,
+    and a block that raises the maximum by little leaves older sums as they are
+    (FlashAttention-4's conditional rescaling).
     """
     if MASKED and limits is not None:
         b_s = hide(b_s, limits - first, True)
-    b_top = gl.maximum(b_m, gl.max(b_s, 1) * scale2)
+    b_top = gl.max(b_s, 1) * scale2
+    b_top = gl.where(b_top > b_m + _SLACK, b_top, b_m)
     b_shift = b_top
     if MASKED:
         # a row that has seen nothing yet: -inf less -inf would be NaN
         b_shift = gl.where(b_top == float("-inf"), 0.0, b_top)
-    b_p = _exp2(b_s * scale2 - b_shift[:, None], POLY)
+    b_p = gl.exp2(b_s * scale2 - b_shift[:, None])
     b_fade = gl.exp2(b_m - b_shift)
     fade_l = gl.convert_layout(b_fade, gl.SliceLayout(1, ROW_THREADS), assert_trivial=True)
     b_l = b_l * fade_l[:, None] + _sum_in_threads(b_p, ROW_THREADS)
     return b_p, b_top, b_l, b_fade
-
-
-@gluon.constexpr_function
-def _exp2_assembly(share):
-    lines = [f"ex2.approx.ftz.f32 ${i}, ${i + share};" for i in range(share - 1)]
-    x = f"${2 * share - 1}"
-    y = f"${share - 1}"
-    lines += [
-        "{ .reg .f32 x, t, f, p; .reg .b32 e;",
-        f"max.ftz.f32 x, {x}, 0fC2FE0000;",  # -127
-        "add.rn.ftz.f32 t, x, 0f4B400000;",  # 1.5 * 2**23: the integer is in the low bits
-        "add.rn.ftz.f32 f, t, 0fCB400000;",
-        "sub.rn.ftz.f32 f, x, f;",
-        "fma.rn.ftz.f32 p, f, 0f3D61505E, 0f3E780609;",
-        "fma.rn.ftz.f32 p, p, f, 0f3F317AFE;",
-        "fma.rn.ftz.f32 p, p, f, 0f3F800000;",
-        "mov.b32 e, t; shl.b32 e, e, 23;",
-        "{ .reg .b32 b; mov.b32 b, p; add.s32 b, b, e; mov.b32 " + y + ", b; } }",
-    ]
-    return "\n".join(lines)
-
-
-@gluon.constexpr_function
-def _exp2_constraints(share):
-    return ",".join(["=&f"] * share + ["f"] * share)
-
-
-@gluon.jit
-def _exp2(b_x, POLY: gl.constexpr):
-    """Return powers of 2, one of POLY neighbours by a polynomial.
-
-    The polynomial runs on the units that multiply and add, which have slots to spare where the
-    one for exponentials has none (Cody and Waite; FlashAttention-4). Degree 3 on [-1/2, 1/2] is
-    right to 1e-4, a twentieth of what rounding to bf16 takes.
-    """
-    if POLY == 0:
-        b_p = gl.exp2(b_x)
-    else:
-        b_p = gl.inline_asm_elementwise(
-            _exp2_assembly(POLY), _exp2_constraints(POLY), [b_x], dtype=gl.float32, is_pure=True,
-            pack=POLY,
-        )  # fmt: skip
-    return b_p
 
 
 @gluon.jit
@@ -126,22 +89,17 @@ def _fade_constraints(count):
 
 
 @gluon.jit
-def faded(b_o, b_fade, LAZY: gl.constexpr):
+def faded(b_o, b_fade):
     """Return ``b_o`` times ``b_fade [rows]``.
 
-    LAZY branches around the products, a warp at a time, where every factor is 1: the maxima
-    soon stop rising.
+    A warp branches around the products where every factor is 1, as in most blocks.
     """
     b_f = gl.convert_layout(b_fade, gl.SliceLayout(1, b_o.type.layout))[:, None]
     held: gl.constexpr = b_o.shape[1] // 2
-    if LAZY:
-        b_o = gl.inline_asm_elementwise(
-            _fade_assembly(held), _fade_constraints(held), [b_o, b_f], dtype=gl.float32,
-            is_pure=True, pack=held,
-        )  # fmt: skip
-    else:
-        b_o = b_o * b_f
-    return b_o
+    return gl.inline_asm_elementwise(
+        _fade_assembly(held), _fade_constraints(held), [b_o, b_f], dtype=gl.float32,
+        is_pure=True, pack=held,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -116,7 +116,7 @@ def _consume(
     ours, bars, sizes, place, plan,
     G: gl.constexpr, HEADS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr, LIST: gl.constexpr, CAUSAL: gl.constexpr, BY_BLOCK: gl.constexpr,
-    HEAD_WINDOWS: gl.constexpr, HAS_SINKS: gl.constexpr, LAZY: gl.constexpr,
+    HEAD_WINDOWS: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """Attend for 64 rows of each of the program's tiles: its half, or its second head."""
     p_o, lse, sinks, o_s, scale, q_len, highest = ours
@@ -166,7 +166,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(slot), count=1)
         if not LIST:
             b_s = hide(b_s, b_low - first, False)
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, b_high, True, 0)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, b_high, True)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         for i in range(1, masked):
             first = gl.load(starts + i) if LIST else run_start(i, runs, BLOCK_K)
@@ -175,19 +175,19 @@ def _consume(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, first, b_high, None if LIST else b_low,
                 None, True, scale2,
-                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, True, False, LAZY, 0, s_layout, o_layout,
+                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
             )  # fmt: skip
         for i in range(masked, steps):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, b_high, None, None, True, scale2,
-                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, False, LAZY, 0, s_layout, o_layout,
+                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, False, s_layout, o_layout,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(G), count=1)
         step += steps
         slot_v = (step - 1) % STAGES
         b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
-        b_o = faded(b_o, b_fade, LAZY)
+        b_o = faded(b_o, b_fade)
         v = v_s.index(slot_v).reshape([BLOCK_K, HEAD_DIM])
         b_o = warpgroup_mma(b_p, v, b_o, is_async=True)
 
@@ -223,7 +223,7 @@ def key_walk_hopper_kernel(
     heads_a_set, sets, capacity,
     HEADS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     LIST: gl.constexpr, CAUSAL: gl.constexpr, BY_BLOCK: gl.constexpr,
-    HEAD_WINDOWS: gl.constexpr, HAS_SINKS: gl.constexpr, LAZY: gl.constexpr,
+    HEAD_WINDOWS: gl.constexpr, HAS_SINKS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` through ``p_o`` and ``lse``; see `longctx_triton.kernels.key_walk`.
@@ -268,9 +268,9 @@ def key_walk_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (ours, bars, sizes, place, plan, 0, HEADS, BLOCK_K, HEAD_DIM, STAGES,
-                        LIST, CAUSAL, BY_BLOCK, HEAD_WINDOWS, HAS_SINKS, LAZY)),
+                        LIST, CAUSAL, BY_BLOCK, HEAD_WINDOWS, HAS_SINKS)),
             (_consume, (ours, bars, sizes, place, plan, 1, HEADS, BLOCK_K, HEAD_DIM, STAGES,
-                        LIST, CAUSAL, BY_BLOCK, HEAD_WINDOWS, HAS_SINKS, LAZY)),
+                        LIST, CAUSAL, BY_BLOCK, HEAD_WINDOWS, HAS_SINKS)),
             (_feed, (p_q, p_k, p_v, bars, sizes, place, plan, HEADS, BLOCK_K, STAGES,
                      LIST, BY_BLOCK, HEAD_WINDOWS)),
         ],

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx_triton.compat import async_load_rows, barrier
+from longctx_triton.kernels.flash_hopper_softmax import ROW_THREADS
 
 __all__ = ["HALF", "HEADS", "REST", "latent_hopper_kernel"]
 
@@ -42,6 +43,12 @@ _VALUES = gl.constexpr(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF // 2, 16]
     )
 )
+_FIRST_THREAD = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [HEADS, 1]
+    )
+)
+"""Layout of rows, all that share one reading the same: `ROW_THREADS` without its columns."""
 _WRITTEN = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]],
@@ -100,7 +107,7 @@ def _told(turn, sizing):
     """Return the number of key blocks of tile ``turn``."""
     sizes, size_full, size_empty = sizing
     mbarrier.wait(size_full.index(turn % 2), (turn // 2) & 1)
-    blocks = gl.max(sizes.index(turn % 2).load(_ONE), 0)
+    blocks = gl.max(sizes.index(turn % 2).slice(0, 1).load(_ONE), 0)
     barrier()
     mbarrier.arrive(size_empty.index(turn % 2), count=1)
     return blocks
@@ -108,12 +115,31 @@ def _told(turn, sizing):
 
 @gluon.jit
 def _tell(turn, blocks, sizing):
-    """Give the number of key blocks of tile ``turn`` to the other warpgroups."""
+    """Give the number of key blocks of tile ``turn`` to the other warpgroups.
+
+    Here and of the fading factors, each thread writes a place of its own: writes of one number by
+    several threads are right too, but a checker of races sees only one of them before the bar.
+    """
     sizes, size_full, size_empty = sizing
     mbarrier.wait(size_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    sizes.index(turn % 2).store(gl.full([1], 0, gl.int32, _ONE) + blocks)
+    sizes.index(turn % 2).store(gl.full([_GATHER_THREADS], 0, gl.int32, _ONE) + blocks)
     barrier()
     mbarrier.arrive(size_full.index(turn % 2), count=1)
+
+
+@gluon.jit
+def _put(fades, b_fade):
+    """Store a factor of each row, of the scores' layout."""
+    b_fade = gl.convert_layout(b_fade, gl.SliceLayout(1, ROW_THREADS), assert_trivial=True)
+    fades.store(b_fade[:, None] + gl.zeros([_HEADS, 4], gl.float32, ROW_THREADS))
+
+
+@gluon.jit
+def _factors(fades):
+    """Return the factor of each row, ``[64, 1]``, for the values' layout."""
+    b_fade = gl.max(fades.slice(0, 1, 1).load(_FIRST_THREAD), 1)
+    rows: gl.constexpr = gl.SliceLayout(1, _VALUES)
+    return gl.convert_layout(b_fade, rows, assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -213,7 +239,7 @@ def _pass_on(b_s, b_n, b_m, b_l, scale_log2, weights, slot):
     # the weights take the place of channels that only the scores read: all warps have done so
     barrier()
     p_s.index(slot).store(b_p.to(p_s.dtype))
-    fades.index(slot).store(b_fade)
+    _put(fades.index(slot), b_fade)
     fence_async_shared()
     barrier()
     mbarrier.arrive(p_full.index(slot), count=1)
@@ -267,7 +293,7 @@ def _score(
             b_m = b_top
         b_whole = gl.where(b_l == 0.0, 1.0, b_l)
         mbarrier.wait(last_empty, (turn & 1) ^ 1)
-        fades.index(STAGES).store(b_scale / b_whole)
+        _put(fades.index(STAGES), b_scale / b_whole)
         barrier()
         mbarrier.arrive(last_full, count=1)
         b_log = gl.where(b_l == 0.0, float("-inf"), (b_m + gl.log2(b_whole)) * _LN2)
@@ -294,7 +320,6 @@ def _weigh(
     total, tokens, heads, head_tiles, _ = tiles
     p_s, fades, p_full = weights
     _, last_full, last_empty = last
-    rows: gl.constexpr = gl.SliceLayout(1, _VALUES)
     step = 0
     for turn in range(_count(total)):
         blocks = _told(turn, sizing)
@@ -303,14 +328,14 @@ def _weigh(
             slot = step % STAGES
             mbarrier.wait(p_full.index(slot), (step // STAGES) & 1)
             fence_async_shared()
-            b_o = b_o * fades.index(slot).load(rows)[:, None]
+            b_o = b_o * _factors(fades.index(slot))
             b_o = warpgroup_mma(p_s.index(slot), v_s.index(slot), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=(b_o,))
             barrier()
             mbarrier.arrive(k_empty.index(slot), count=1)
             step += 1
         mbarrier.wait(last_full, turn & 1)
-        b_o = b_o * fades.index(STAGES).load(rows)[:, None]
+        b_o = b_o * _factors(fades.index(STAGES))
         barrier()
         mbarrier.arrive(last_empty, count=1)
         i_t, i_token, i_part = _locate(turn, tokens, head_tiles)
@@ -353,8 +378,10 @@ def latent_hopper_kernel(
     kr_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, _HALF], layout)
     kt_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, _REST], layout)
     p_s = kt_s
-    fades = gl.allocate_shared_memory(gl.float32, [STAGES + 1, _HEADS], flat)
-    sizes = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
+    fades = gl.allocate_shared_memory(
+        gl.float32, [STAGES + 1, _HEADS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    sizes = gl.allocate_shared_memory(gl.int32, [2, _GATHER_THREADS], flat)
     q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
     last_full = gl.allocate_shared_memory(gl.int64, [1], bar)

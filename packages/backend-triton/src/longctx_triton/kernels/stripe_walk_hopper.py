@@ -119,7 +119,7 @@ def _feed(p_q, p_k, p_v, p_c, bars, sizes, place, plan, STAGES: gl.constexpr):
 @gluon.jit
 def _consume(
     ours, bars, sizes, place, plan,
-    G: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, LAZY: gl.constexpr,
+    G: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attend for 64 rows of each of the program's tiles."""
     p_o, lse, o_s, scale, q_len = ours
@@ -163,7 +163,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(slot), count=1)
         b_s = keep(b_s, b_kept)
         # a later key has no distance, but may be a column
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, o_q, True, 0)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, o_q, True)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         bands = 1 + part + whole
         masked = 1 + part + cut
@@ -173,13 +173,13 @@ def _consume(
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, None, None, band, True, scale2,
-                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, LAZY, 0, s_layout, o_layout,
+                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
             )  # fmt: skip
         for i in range(masked, bands):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, None, None, None, True, scale2,
-                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, False, LAZY, 0, s_layout, o_layout,
+                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, False, s_layout, o_layout,
             )  # fmt: skip
         step += bands
         p_listed = p_list + capacity + 5 * groups
@@ -189,13 +189,13 @@ def _consume(
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, None, None, block, False, scale2,
-                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, LAZY, 0, s_layout, o_layout,
+                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
             )  # fmt: skip
         step += column_steps
         mbarrier.arrive(q_empty.index(G), count=1)
         slot_v = (step - 1) % STAGES
         b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
-        b_o = faded(b_o, b_fade, LAZY)
+        b_o = faded(b_o, b_fade)
         v = v_s.index(slot_v).reshape([_BLOCK, HEAD_DIM])
         b_o = warpgroup_mma(b_p, v, b_o, is_async=True)
 
@@ -224,7 +224,7 @@ def stripe_walk_hopper_kernel(
     p_q, p_k, p_v, p_o, p_c, lse, lists, tables, scale,
     tiles, units, section, heads, group, heads_a_copy, batch, q_len, k_len,
     sets, heads_a_set, groups, capacity, s_list,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, LAZY: gl.constexpr, REGISTERS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` through ``p_o`` and ``lse``; tables are those of `stripe_tables`.
 
@@ -260,8 +260,8 @@ def stripe_walk_hopper_kernel(
     ours = (p_o, lse, o_s, scale, q_len)
     gl.warp_specialize(
         [
-            (_consume, (ours, bars, sizes, place, plan, 0, HEAD_DIM, STAGES, LAZY)),
-            (_consume, (ours, bars, sizes, place, plan, 1, HEAD_DIM, STAGES, LAZY)),
+            (_consume, (ours, bars, sizes, place, plan, 0, HEAD_DIM, STAGES)),
+            (_consume, (ours, bars, sizes, place, plan, 1, HEAD_DIM, STAGES)),
             (_feed, (p_q, p_k, p_v, p_c, bars, sizes, place, plan, STAGES)),
         ],
         [4, 1],

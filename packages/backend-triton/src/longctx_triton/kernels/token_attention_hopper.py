@@ -109,10 +109,14 @@ def _release(counters):
 
 @gluon.jit
 def _tell(turn, task, mail):
-    """Give a task, or -1 for the end, to both consumers."""
+    """Give a task, or -1 for the end, to both consumers.
+
+    Each thread writes a place of its own: writes of one number by many threads are right too, but
+    a checker of races sees only one of them before the bar.
+    """
     tasks, told, heard = mail
     mbarrier.wait(heard.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    tasks.index(turn % 2).store(gl.full([1], 0, gl.int32, _ONE) + task)
+    tasks.index(turn % 2).store(gl.full([_GATHER_THREADS], 0, gl.int32, _LISTED) + task)
     barrier()
     mbarrier.arrive(told.index(turn % 2), count=1)
 
@@ -122,7 +126,7 @@ def _hear(turn, mail):
     """Return the task of turn ``turn``; -1 for none."""
     tasks, told, heard = mail
     mbarrier.wait(told.index(turn % 2), (turn // 2) & 1)
-    task = gl.max(tasks.index(turn % 2).load(_ONE), 0)
+    task = gl.max(tasks.index(turn % 2).slice(0, 1).load(_ONE), 0)
     barrier()
     mbarrier.arrive(heard.index(turn % 2), count=1)
     return task
@@ -194,7 +198,7 @@ def _gather(
 @gluon.jit
 def _consume(
     results, sets, place, lengths, memory, mail,
-    G: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, LAZY: gl.constexpr,
+    G: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attend for slots ``[64 G, 64 G + 64)`` of each of the program's tiles."""
     out, lse, heads, scale_log2 = results
@@ -232,7 +236,7 @@ def _consume(
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         # the tile's own slots; those of all further steps come before them
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale_log2, 0, o_q, True, 0)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale_log2, 0, o_q, True)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         for i in range(step + 1, step + 1 + i_t):
             mbarrier.wait(k_full.index(i % STAGES), (i // STAGES) & 1)
@@ -240,7 +244,7 @@ def _consume(
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, i, 0, 0, o_q, None, None, True, scale_log2,
-                G, _TILE, HEAD_DIM, HEAD_DIM, STAGES, False, False, LAZY, 0,
+                G, _TILE, HEAD_DIM, HEAD_DIM, STAGES, False, False,
                 s_layout, o_layout,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(G), count=1)
@@ -249,7 +253,7 @@ def _consume(
         slot = (step - 1) % STAGES
         fence_async_shared()
         b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
-        b_o = faded(b_o, b_fade, LAZY)
+        b_o = faded(b_o, b_fade)
         b_o = warpgroup_mma(b_p, v_s.index(slot), b_o, is_async=True)
 
         o_slot = i_t * _TILE + o_q
@@ -278,7 +282,7 @@ def token_attention_hopper_kernel(
     q, k, v, out, lse, indices, counts, counters,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_ib, s_ih, s_cb,
     tiles, units, heads, group, heads_a_set, capacity, q_len, k_len, scale_log2,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, LAZY: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Attend: q, k, v ``[B, S, H, HEAD_DIM]``, indices ``[B, Hx, C]`` and counts ``[B, Hx]``.
@@ -301,7 +305,9 @@ def token_attention_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    tasks = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tasks = gl.allocate_shared_memory(
+        gl.int32, [2, _GATHER_THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     told = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
@@ -324,8 +330,8 @@ def token_attention_hopper_kernel(
     results = (out, lse, heads, scale_log2)
     gl.warp_specialize(
         [
-            (_consume, (results, sets, place, lengths, memory, mail, 0, HEAD_DIM, STAGES, LAZY)),
-            (_consume, (results, sets, place, lengths, memory, mail, 1, HEAD_DIM, STAGES, LAZY)),
+            (_consume, (results, sets, place, lengths, memory, mail, 0, HEAD_DIM, STAGES)),
+            (_consume, (results, sets, place, lengths, memory, mail, 1, HEAD_DIM, STAGES)),
             (_gather, (tensors, sets, place, lengths, memory, mail, HEAD_DIM, STAGES)),
         ],
         [4, 4],

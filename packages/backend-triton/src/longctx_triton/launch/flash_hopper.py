@@ -47,10 +47,6 @@ class HopperTiles(NamedTuple):
         Registers of a thread of a consumer.
     ping_pong : bool
         Whether the consumers take turns at the tensor cores.
-    lazy : bool
-        Whether a warp whose maxima have not risen leaves its output as it is.
-    poly : int
-        One exponential in so many is a polynomial, on other units; 0 for none.
     """
 
     consumers: int
@@ -58,16 +54,14 @@ class HopperTiles(NamedTuple):
     stages: int
     registers: int
     ping_pong: bool
-    lazy: bool = False
-    poly: int = 0
 
 
 @tuned("flash_hopper")
 def hopper_tiles(head_dim: int, fp8: bool) -> HopperTiles:
     """Return the tiles for a head size of 64 or 128 and for queries and keys in fp8 or not."""
     if head_dim == 64 and not fp8:
-        return HopperTiles(3, 64, 4, 160, False, True)
-    return HopperTiles(2, 128, 3 if fp8 else 2, 240, False, True)
+        return HopperTiles(3, 64, 4, 160, False)
+    return HopperTiles(2, 128, 3 if fp8 else 2, 240, False)
 
 
 def hopper_forward(
@@ -189,8 +183,8 @@ def _plan(
         {
             "CONSUMERS": tiles.consumers, "BLOCK_K": tiles.block_k, "HEAD_DIM": head_dim,
             "VALUE_DIM": head_dim, "STAGES": tiles.stages, "CAUSAL": right == 0,
-            "HAS_SINKS": sinks, "PING_PONG": tiles.ping_pong, "LAZY": tiles.lazy,
-            "POLY": tiles.poly, "REGISTERS": tiles.registers, "num_warps": 4,
+            "HAS_SINKS": sinks, "PING_PONG": tiles.ping_pong,
+            "REGISTERS": tiles.registers, "num_warps": 4,
         },
         (
             rows_block(q_shape, q_strides, ROWS, narrow),

@@ -36,22 +36,19 @@ class WalkTiles(NamedTuple):
         Steps of keys and of values in flight.
     registers : int
         Registers of a thread of the second consumer.
-    lazy : bool
-        Whether a warp whose maxima have not risen leaves its output as it is.
     """
 
     block_k: int
     stages: int
     registers: int
-    lazy: bool
 
 
 @tuned("key_walk")
 def walk_tiles(head_dim: int, most_keys: int) -> WalkTiles:
     """Return the tiles for a head size of 64 or 128 and steps of up to 64 or 128 keys."""
     if most_keys < 128:
-        return WalkTiles(64, 4, 240, True)
-    return WalkTiles(128, 2 if head_dim == 128 else 3, 240, True)
+        return WalkTiles(64, 4, 240)
+    return WalkTiles(128, 2 if head_dim == 128 else 3, 240)
 
 
 def key_range_forward(
@@ -314,7 +311,7 @@ def _plan(
         {
             "HEADS": heads, "BLOCK_K": sizes.block_k, "HEAD_DIM": head_dim,
             "STAGES": sizes.stages, "LIST": from_list, "CAUSAL": causal, "BY_BLOCK": by_block,
-            "HEAD_WINDOWS": head_windows, "HAS_SINKS": sinks, "LAZY": sizes.lazy,
+            "HEAD_WINDOWS": head_windows, "HAS_SINKS": sinks,
             "REGISTERS": sizes.registers, "num_warps": 4,
         },
         (

@@ -48,19 +48,16 @@ class StripeWalkTiles(NamedTuple):
         Steps of keys and of values in flight.
     registers : int
         Registers of a thread of the second consumer.
-    lazy : bool
-        Whether a warp whose maxima have not risen leaves its output as it is.
     """
 
     stages: int
     registers: int
-    lazy: bool
 
 
 @tuned("stripe_walk")
 def stripe_walk_tiles(head_dim: int) -> StripeWalkTiles:
     """Return the sizes for a head size of 64 or 128."""
-    return StripeWalkTiles(2 if head_dim == 128 else 3, 240, True)
+    return StripeWalkTiles(2 if head_dim == 128 else 3, 240)
 
 
 class _Plan(NamedTuple):
@@ -190,7 +187,7 @@ def _plan(
         (scale, tiles, units, section, q_heads, group, q_heads // copies, batch, q_len, k_len,
          sets, q_heads // sets, groups, capacity, s_list),
         {
-            "HEAD_DIM": head_dim, "STAGES": sizes.stages, "LAZY": sizes.lazy,
+            "HEAD_DIM": head_dim, "STAGES": sizes.stages,
             "REGISTERS": sizes.registers, "num_warps": 4,
         },
         (

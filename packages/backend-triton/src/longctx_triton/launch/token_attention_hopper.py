@@ -32,23 +32,20 @@ class GatherTiles(NamedTuple):
         Steps of keys and of values in flight.
     registers, gather_registers : int
         Registers of a thread that multiplies, and of one that copies.
-    lazy : bool
-        Whether a warp whose maxima have not risen leaves its output as it is.
     """
 
     stages: int
     registers: int
     gather_registers: int
-    lazy: bool
 
 
 @tuned("token_walk")
 def gather_tiles(head_dim: int) -> GatherTiles:
     """Return the tiles for a head size of 64 or 128."""
     if head_dim == 64:
-        return GatherTiles(4, 232, 40, True)
+        return GatherTiles(4, 232, 40)
     # those that multiply need what they get; those that copy have the time to spill
-    return GatherTiles(3, 240, 24, True)
+    return GatherTiles(3, 240, 24)
 
 
 def token_attention_forward(
@@ -131,7 +128,7 @@ def _plan(
             k_len, scale * _LOG2_E,
         ),
         {
-            "HEAD_DIM": head_dim, "STAGES": sizes.stages, "LAZY": sizes.lazy,
+            "HEAD_DIM": head_dim, "STAGES": sizes.stages,
             "REGISTERS": sizes.registers, "GATHER_REGISTERS": sizes.gather_registers,
             "num_warps": 4,
         },

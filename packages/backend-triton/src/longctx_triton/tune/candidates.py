@@ -103,13 +103,11 @@ MOVES: Mapping[str, tuple[Move, ...]] = {
     ),
     "key_walk": (
         {"stages": "+1"},
-        {"lazy": False},
         {"block_k": "/2", "stages": "*2"},
     ),
     "token_walk": (
         {"stages": "-1"},
         {"stages": "+2"},
-        {"lazy": False},
         {"registers": 232, "gather_registers": 40},
     ),
 }
