@@ -77,7 +77,9 @@ def ping_pong_case(dim: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         tiles = flash_hopper.hopper_tiles(dim, False)._replace(ping_pong=True)
         patch.setattr(flash_hopper, "hopper_tiles", lambda _dim, _fp8: tiles)
+        flash_hopper._plan.cache_clear()
         flash_case(dim)
+    flash_hopper._plan.cache_clear()
 
 
 def decode_case(

@@ -131,7 +131,6 @@ TABLE = (
     ("stripe_attention_kernel", AMPERE, "stripe sparse 128", "stripe sparse 64"),
     ("stripe_attention_kernel", HOPPER, "stripe sparse 96", ""),
     ("stripe_walk_hopper_kernel", GLUON, "stripe sparse 128", "stripe sparse 64"),
-    ("stripe_bits_kernel", {"sm_90a": ()}, "stripe sparse 128", ""),
     ("stripe_lists_kernel", {"sm_90a": ()}, "stripe sparse 128", ""),
     ("gather_columns_kernel", {"sm_90a": ()}, "stripe sparse 128", "stripe sparse 64"),
     ("star_query_kernel", DOT, "star query 128 chained", "star query 64 chained"),

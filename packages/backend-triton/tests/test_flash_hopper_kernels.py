@@ -82,6 +82,7 @@ def hopper(monkeypatch):
     device = Device((9, 0), 3, 1 << 16)
     monkeypatch.setattr(hopper_launch, "flash_hopper_kernel", kernel)
     monkeypatch.setattr(hopper_launch, "TensorDescriptor", play.Description)
+    hopper_launch._plan.cache_clear()
     monkeypatch.setattr(flash, "device_of", lambda _: device)
     monkeypatch.delenv("LONGCTX_TRITON_FLASH", raising=False)
     return kernel
@@ -91,6 +92,7 @@ def tiles(monkeypatch, *sizes):
     monkeypatch.setattr(
         hopper_launch, "hopper_tiles", lambda _dim, _fp8: hopper_launch.HopperTiles(*sizes)
     )
+    hopper_launch._plan.cache_clear()
 
 
 def each_head(factors, t):

@@ -290,7 +290,7 @@ class Simulated:
 def hopper(monkeypatch):
     """Pretend that the CPU is a Hopper GPU of three multiprocessors."""
     kernel = Simulated()
-    empty = torch.empty
+    empty, outputs = torch.empty, dsa.attention_outputs
 
     def merged(parts_out, parts_lse, sinks, out, lse, parts, *_sizes, SINKS, **_):
         parts_out = parts_out.view(parts, *out.shape)
@@ -310,6 +310,9 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dsa, "device_of", lambda _: Device((9, 0), 3, 50 << 20))
     # outputs that are never written stay NaN
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(
+        dsa, "attention_outputs", lambda *t: [r.fill_(torch.nan) for r in outputs(*t)]
+    )
     return kernel
 
 
@@ -388,10 +391,11 @@ def test_what_the_kernel_declines_runs_portably(hopper, monkeypatch):
     q, k, _ = latent(1, 2, 40, 64, 20)
     v = k[..., :512]
     indices = torch.zeros(1, 2, 1, 20, dtype=torch.int32)
+    results = dsa.attention_outputs(q, v)
     options = {"page_size": 1, "scale": 0.1, "sinks": None, "processors": 3}
 
     def takes(q=q, k=k, v=v, **changed):
-        return hopper_launch.latent_plan(q, k, v, indices, **options | changed) is not None
+        return hopper_launch.latent_forward(q, k, v, *results, indices, **options | changed)
 
     assert takes()
     assert not takes(scale=-0.1)

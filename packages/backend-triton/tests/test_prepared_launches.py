@@ -167,6 +167,19 @@ def test_launches_share_what_they_look_at(kernel):
     assert kernel.runs[-2:] == expected
 
 
+def test_launches_look_at_what_the_caller_gave(kernel):
+    plan = Launches((Prepared((3,), (5,), {"BLOCK": 16}), (0, 1, 2)), given=2)
+    x, own = numbers(4), numbers(8)
+    for given in (x, None, numbers(4, dtype=FP16), numbers(4, shift=1)):
+        plan((kernel,), x, given, own)
+    assert (len(kernel.launches), kernel.runs) == (4, [])
+    # what is the call's own is taken for what it was
+    own = numbers(8, shift=1)
+    plan((kernel,), x, x, own)
+    assert len(kernel.launches) == 4
+    assert kernel.runs == [(3, 1, 1, 7, x.data_ptr(), x.data_ptr(), own.data_ptr(), 5)]
+
+
 def test_launch_gives_pointers_and_numbers_in_order(kernel):
     x, y = numbers(4), numbers(2, dtype=torch.float32)
     for scale, length in ((0.5, 32), (0.25, 48)):

@@ -141,7 +141,7 @@ def test_other_head_sizes_and_scales_run_portably(hopper):
 
 
 def tables_of(plan, k_len, device):
-    """Run the kernels that make bitmaps and lists."""
+    """Run the kernel that makes bitmaps and lists."""
     groups, sets = -(-k_len // TILE) + 1, plan.vertical.shape[1]
     n_vertical, n_slash = plan.vertical.shape[2], plan.slash.shape[2]
     number, words = plan.vertical.shape[0] * sets, 4 * (groups + 1)
@@ -152,15 +152,12 @@ def tables_of(plan, k_len, device):
     tables = torch.full((number, 2, words, 2), 77, dtype=torch.int32, device=device)
     lists = torch.full((number, capacity + 6 * groups), -7, dtype=torch.int32, device=device)
     vertical, vertical_counts, slash, slash_counts = tensors
-    launch.stripe_bits_kernel[(number, 2, words // launch.WORDS + 1)](
-        tables, *tensors, *vertical.stride()[:2], vertical_counts.stride(0),
-        *slash.stride()[:2], slash_counts.stride(0),
-        sets, k_len, groups, n_vertical, n_slash,
-        WORDS=launch.WORDS, ENTRIES=launch.ENTRIES, num_warps=4,
-    )  # fmt: skip
     launch.stripe_lists_kernel[(number,)](
-        tables, lists, groups, capacity, lists.shape[1], CHUNK=launch.CHUNK, num_warps=8
-    )
+        tables, lists, *tensors, *vertical.stride()[:2], vertical_counts.stride(0),
+        *slash.stride()[:2], slash_counts.stride(0),
+        sets, k_len, groups, n_vertical, n_slash, capacity, lists.shape[1],
+        ENTRIES=launch.ENTRIES, CHUNK=launch.CHUNK, num_warps=8,
+    )  # fmt: skip
     return tables.cpu(), lists.cpu(), groups, capacity
 
 

@@ -15,6 +15,7 @@ from longctx_triton.kernels.stripes import (
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.key_range import range_plan
 from longctx_triton.launch.key_walk_hopper import block_list_forward, key_range_forward
+from longctx_triton.launch.outputs import attention_outputs
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.sizes import padded
 from longctx_triton.launch.sparse_tiles import (
@@ -33,12 +34,6 @@ INDEX_ELEMENTS = 4096
 """Keys that the stripe index takes at a time."""
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, q_len, heads, _ = q.shape
-    out = torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device)
-    return out, torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-
-
 def block_sparse_forward(
     q: Tensor,
     k: Tensor,
@@ -54,7 +49,7 @@ def block_sparse_forward(
     """Return ``(out, lse)`` over the kept key blocks of each query block, of any block sizes."""
     batch, q_len, heads, head_dim = q.shape
     value_dim = v.shape[3]
-    out, lse = _outputs(q, v)
+    out, lse = attention_outputs(q, v)
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
@@ -98,7 +93,7 @@ def window_sparse_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)`` over ``key < sink_tokens or query - key <= window``; causal."""
-    out, lse = _outputs(q, v)
+    out, lse = attention_outputs(q, v)
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
@@ -130,7 +125,7 @@ def stripe_sparse_forward(
     """Return ``(out, lse)`` over the union of columns and diagonals, each pair once."""
     batch, q_len, heads, head_dim = q.shape
     k_len, value_dim = k.shape[1], v.shape[3]
-    out, lse = _outputs(q, v)
+    out, lse = attention_outputs(q, v)
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)

@@ -19,7 +19,8 @@ from longctx_triton.launch.device import device_of
 from longctx_triton.launch.dsa_tiles import index_backward_tiles
 from longctx_triton.launch.index_scores import bounds_or, layout_of, score_plan, unpacked
 from longctx_triton.launch.index_topk import index_topk_forward
-from longctx_triton.launch.mla_hopper import LATENT, latent_forward, latent_plan
+from longctx_triton.launch.mla_hopper import LATENT, latent_forward
+from longctx_triton.launch.outputs import attention_outputs
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.quantize import quantize_plan
 from longctx_triton.launch.scratch import scratch
@@ -132,22 +133,15 @@ def topk_attention_forward(
 
     Few query rows (decode) are cut over their lists and merged in fp32.
     """
-    batch, q_len, heads, head_dim = q.shape
-    value_dim = v.shape[3]
-    place = q.device
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=place)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=place)
-    if batch * q_len * heads * value_dim == 0:
+    out, lse = attention_outputs(q, v)
+    if out.numel() == 0:
         return out, lse
-    device = device_of(place)
-    if head_dim == LATENT and device.arch == (9, 0):
-        latent = latent_plan(
-            q, k, v, indices, page_size=page_size, scale=scale, sinks=sinks,
-            processors=device.processors,
-        )  # fmt: skip
-        if latent is not None:
-            latent_forward(latent, q, k, indices, out, lse, sinks)
-            return out, lse
+    device = device_of(q.device)
+    if q.shape[3] == LATENT and device.arch == (9, 0) and latent_forward(
+        q, k, v, out, lse, indices, page_size=page_size, scale=scale, sinks=sinks,
+        processors=device.processors,
+    ):  # fmt: skip
+        return out, lse
     plan = list_plan(
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
         k.data_ptr() == v.data_ptr(), indices.shape, indices.stride(), page_size, scale,

@@ -66,8 +66,8 @@ def flash_forward(
     _, k_len, _, value_dim = v.shape
     fp8 = q.dtype == _FP8
     dtype = torch.bfloat16 if fp8 else q.dtype
-    out = torch.empty(batch, q_len, q_heads, value_dim, dtype=dtype, device=q.device)
-    lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
+    out = q.new_empty(batch, q_len, q_heads, value_dim, dtype=dtype)
+    lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     if batch * q_heads * q_len == 0:
         return out, lse
     left, right = _band(causal, window_left, window_right, q_len, k_len)

@@ -13,6 +13,7 @@ from longctx_triton.kernels.star_query import star_query_kernel
 from longctx_triton.launch.device import device_of
 from longctx_triton.launch.key_range import range_plan
 from longctx_triton.launch.key_walk_hopper import key_range_forward
+from longctx_triton.launch.outputs import attention_outputs
 from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.star_query import StarQueryPlan, star_query_plan
 
@@ -23,9 +24,7 @@ def star_context_forward(
     q: Tensor, k: Tensor, v: Tensor, *, block_size: int, anchor_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)`` of phase 1: two runs of key tiles, the anchor and the own block."""
-    batch, q_len, heads, _ = q.shape
-    out = torch.empty(batch, q_len, heads, v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    out, lse = attention_outputs(q, v)
     if out.numel() == 0:
         return out, lse
     device = device_of(q.device)
@@ -54,10 +53,7 @@ def star_query_forward(
     Where the query rows alone fill the GPU, every shard goes on from the result of the one before;
     else a shard is cut into parts, and all parts are merged at the end.
     """
-    batch, q_len, heads, _ = q.shape
-    value_dim = shard_values[0].shape[3]
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    out, lse = attention_outputs(q, shard_values[0])
     if out.numel() == 0:
         return out, lse
     inputs: list[Tensor] = []
@@ -66,7 +62,7 @@ def star_query_forward(
         inputs += (k, v)
         layout += (k.shape, k.stride(), v.stride())
     plan = star_query_plan(
-        q.shape, q.stride(), tuple(layout), value_dim, query_shard, scale, device_of(q.device)
+        q.shape, q.stride(), tuple(layout), out.shape[3], query_shard, scale, device_of(q.device)
     )
     if not plan.shards:
         return out.zero_(), lse.fill_(-torch.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longctx_triton.kernels.clear_rows import clear_rows_kernel
 from longctx_triton.kernels.select_mass import head_mean_kernel, keep_count_kernel
 from longctx_triton.kernels.select_rows import row_emit_kernel, row_threshold_kernel
 from longctx_triton.kernels.token_attention import token_set_attention_kernel
@@ -14,8 +15,9 @@ from longctx_triton.kernels.token_scores import (
     share_kernel,
     statistics_kernel,
 )
-from longctx_triton.launch.clear_rows import cleared
+from longctx_triton.launch.clear_rows import COUNTER
 from longctx_triton.launch.device import device_of
+from longctx_triton.launch.outputs import attention_outputs
 from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.token_attention_hopper import token_attention_forward
 from longctx_triton.launch.token_sparse import attend_plan, mass_plan, score_plan
@@ -28,7 +30,7 @@ def token_scores_forward(q_recent: Tensor, k: Tensor, *, pool: int, scale: float
     batch, window, heads, _ = q_recent.shape
     device = q_recent.device
     prefix = k.shape[1] - window
-    scores = torch.empty(batch, heads, prefix, dtype=torch.float32, device=device)
+    scores = q_recent.new_empty(batch, heads, prefix, dtype=torch.float32)
     if batch * heads * prefix == 0:
         return scores
     plan = score_plan(
@@ -50,8 +52,8 @@ def select_tokens_forward(
         tokens = torch.arange(capacity, dtype=torch.int32, device=device)
         counts = torch.full((batch, heads), capacity, dtype=torch.int32, device=device)
         return tokens.expand(batch, heads, capacity).contiguous(), counts
-    indices = torch.empty(batch, heads, capacity, dtype=torch.int32, device=device)
-    counts = torch.empty(batch, heads, dtype=torch.int32, device=device)
+    indices = scores.new_empty(batch, heads, capacity, dtype=torch.int32)
+    counts = scores.new_empty(batch, heads, dtype=torch.int32)
     plan = mass_plan(scores.shape, scores.stride(), drop_mass, min_tokens, recent)
     kernels = (head_mean_kernel, keep_count_kernel, row_threshold_kernel, row_emit_kernel)
     plan.choose(kernels, scores, *scratch(scores, plan.memory), indices, counts)
@@ -62,9 +64,11 @@ def token_sparse_forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``(out, lse)``: gather, attend and scatter in one kernel, unselected rows 0."""
-    out, lse = cleared(q, v.shape[3])
-    if out.numel() == 0 or indices.numel() == 0:
+    out, lse = attention_outputs(q, v)
+    if out.numel() == 0:
         return out, lse
+    if indices.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
     device = device_of(q.device)
     if device.runs_gluon and token_attention_forward(
         device, q, k, v, out, lse, indices, counts, scale=scale
@@ -72,7 +76,8 @@ def token_sparse_forward(
         return out, lse
     plan = attend_plan(
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), indices.shape,
-        (*indices.stride()[:2], counts.stride(0)), scale, device,
+        indices.stride(), counts.stride(), scale, device,
     )  # fmt: skip
-    plan(token_set_attention_kernel, q, k, v, out, lse, indices, counts)
+    kernels = (clear_rows_kernel, token_set_attention_kernel)
+    plan(kernels, q, k, v, indices, counts, out, lse, *scratch(q, COUNTER))
     return out, lse

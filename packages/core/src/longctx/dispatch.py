@@ -25,7 +25,7 @@ from longctx.protocols.backend import Backend
 from longctx.protocols.families import OPS
 from longctx.support import OpRequest, Reason, ReasonCode, reasons_against
 
-__all__ = ["BoundBackend", "choose", "explain", "use"]
+__all__ = ["BoundBackend", "bound_to", "choose", "explain", "use"]
 
 log = logging.getLogger("longctx")
 
@@ -228,6 +228,11 @@ def _resolve(
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo (seconds) here:
 # under torch.compile the choice is made once, at trace time.
 setattr(_resolve, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def bound_to(backend: str | BoundBackend | None) -> str | None:
+    """Return the name of a bound backend: then the request need not be put together."""
+    return backend.name if isinstance(backend, BoundBackend) else None
 
 
 def choose(

@@ -9,17 +9,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["gather_columns_kernel", "stripe_bits_kernel", "stripe_lists_kernel"]
+__all__ = ["gather_columns_kernel", "stripe_lists_kernel"]
+
+
+@triton.jit
+def _set_bits(p_table, p_index, count, origin, sign, k_len, ENTRIES: tl.constexpr):
+    """Set bits ``origin + sign * index`` of a bitmap of 0."""
+    for i in range(0, count, ENTRIES):
+        o_i = i + tl.arange(0, ENTRIES)
+        b_i = tl.load(p_index + o_i, mask=o_i < count, other=-1)
+        fits = (b_i >= 0) & (b_i < k_len)
+        b_bit = tl.where(fits, origin + sign * b_i, 0)
+        # a word is the lower half of its own entry, and the upper one of the entry before
+        p_word = p_table + 2 * (b_bit // 32)
+        b_one = 1 << (b_bit % 32)
+        tl.atomic_or(p_word, b_one, mask=fits, sem="relaxed")
+        tl.atomic_or(p_word - 1, b_one, mask=fits & (b_bit >= 32), sem="relaxed")
+
+
+@triton.jit
+def _bits(p_table, o_w, o_t, mask):
+    """Return bits ``o_t`` of groups of four words, of which ``o_w`` are the first."""
+    b_word = tl.load(p_table + 2 * (o_w + o_t // 32), mask=mask, other=0)
+    return (b_word >> (o_t % 32)) & 1
 
 
 @triton.jit(
     do_not_specialize=[
         "s_vb", "s_vh", "s_cb", "s_sb", "s_sh", "s_db", "sets_a_batch", "k_len", "groups",
-        "n_vertical", "n_slash",
+        "n_vertical", "n_slash", "capacity", "s_list",
     ]
 )  # fmt: skip
-def stripe_bits_kernel(
+def stripe_lists_kernel(
     tables,  # int32 [sets, 2, 4 (groups + 1), 2]
+    lists,  # int32 [sets, s_list]: see below
     vertical,  # int32 [B, Hx, V]
     vertical_counts,  # int32 [B, Hx]
     slash,
@@ -35,72 +58,40 @@ def stripe_bits_kernel(
     groups,  # cdiv(k_len, 128) + 1
     n_vertical,
     n_slash,
-    WORDS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """Grid ``(sets, 2, chunks of WORDS)``: 64 bits from each 32nd place of both bitmaps on.
-
-    Column ``n`` is at place ``n + 128`` of the first one, distance ``d`` at place
-    ``128 groups - d`` of the second.
-    """
-    i_s = tl.program_id(0)
-    i_b = (i_s // sets_a_batch).to(tl.int64)
-    i_x = (i_s % sets_a_batch).to(tl.int64)
-    BITS: tl.constexpr = 32 * WORDS
-    if tl.program_id(1) == 0:
-        count = tl.minimum(tl.load(vertical_counts + i_b * s_cb + i_x), n_vertical)
-        p_index = vertical + i_b * s_vb + i_x * s_vh
-        origin = 128
-        sign = 1
-    else:
-        count = tl.minimum(tl.load(slash_counts + i_b * s_db + i_x), n_slash)
-        p_index = slash + i_b * s_sb + i_x * s_sh
-        origin = 128 * groups
-        sign = -1
-    b_found = tl.zeros([BITS], tl.int32)
-    for i in range(0, count, ENTRIES):
-        o_i = i + tl.arange(0, ENTRIES)
-        b_i = tl.load(p_index + o_i, mask=o_i < count, other=-1)
-        b_bit = origin + sign * b_i - tl.program_id(2) * BITS
-        fits = (b_i >= 0) & (b_i < k_len) & (b_bit >= 0) & (b_bit < BITS)
-        b_found += tl.histogram(tl.where(fits, b_bit, 0), BITS, mask=fits)
-    b_one = tl.reshape((b_found > 0).to(tl.int32), [WORDS, 32])
-    b_word = tl.sum(b_one << tl.arange(0, 32)[None, :], 1)
-    o_w = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
-    words = 4 * (groups + 1)
-    p_table = tables + (i_s.to(tl.int64) * 2 + tl.program_id(1)) * 2 * words
-    # a word is the lower half of its own entry, and the upper one of the entry before
-    tl.store(p_table + 2 * o_w, b_word, mask=o_w < words)
-    tl.store(p_table + 2 * o_w - 1, b_word, mask=(o_w > 0) & (o_w <= words))
-
-
-@triton.jit
-def _bits(p_table, o_w, o_t, mask):
-    """Return bits ``o_t`` of groups of four words, of which ``o_w`` are the first."""
-    b_word = tl.load(p_table + 2 * (o_w + o_t // 32), mask=mask, other=0)
-    return (b_word >> (o_t % 32)) & 1
-
-
-@triton.jit(do_not_specialize=["groups", "capacity", "s_list"])
-def stripe_lists_kernel(
-    tables,  # int32 [sets, 2, 4 (groups + 1), 2]
-    lists,  # int32 [sets, s_list]: see below
-    groups,
     capacity,
     s_list,
+    ENTRIES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid ``(sets,)``: list columns and bands in ascending order, and how many come up to where.
+    """Grid ``(sets,)``: both bitmaps, and what they hold as lists.
 
-    A row of ``lists`` holds the columns [capacity]; how many of them lie below ``128 g`` [groups];
-    the bands kept in part [groups] and how many of them are at most ``m`` [groups]; the bands kept
-    whole and how many of those; and whether tiles walk band ``m`` [groups]. All walk band 0, which
-    no list holds.
+    ``tables`` are 64 bits from each 32nd place of both bitmaps on: column ``n`` is at place
+    ``n + 128`` of the first one, distance ``d`` at place ``128 groups - d`` of the second.
+
+    A row of ``lists`` holds the columns [capacity], in ascending order like all lists; how many of
+    them lie below ``128 g`` [groups]; the bands kept in part [groups] and how many of them are at
+    most ``m`` [groups]; the bands kept whole and how many of those; and whether tiles walk band
+    ``m`` [groups]. All walk band 0, which no list holds.
     """
     i_s = tl.program_id(0).to(tl.int64)
+    i_b = i_s // sets_a_batch
+    i_x = i_s % sets_a_batch
     words = 4 * (groups + 1)
     p_column = tables + i_s * 4 * words
     p_distance = p_column + 2 * words
+    for i in range(0, 4 * words, ENTRIES):
+        o_i = i + tl.arange(0, ENTRIES)
+        tl.store(p_column + o_i, tl.zeros([ENTRIES], tl.int32), mask=o_i < 4 * words)
+    # other threads of the program set bits of these words, and then read them
+    tl.debug_barrier()
+    count = tl.minimum(tl.load(vertical_counts + i_b * s_cb + i_x), n_vertical)
+    p_index = vertical + i_b * s_vb + i_x * s_vh
+    _set_bits(p_column, p_index, count, 128, 1, k_len, ENTRIES)
+    count = tl.minimum(tl.load(slash_counts + i_b * s_db + i_x), n_slash)
+    p_index = slash + i_b * s_sb + i_x * s_sh
+    _set_bits(p_distance, p_index, count, 128 * groups, -1, k_len, ENTRIES)
+    tl.debug_barrier()
+
     p_columns = lists + i_s * s_list
     p_below = p_columns + capacity
     p_part = p_below + groups

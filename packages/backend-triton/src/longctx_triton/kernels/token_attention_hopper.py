@@ -81,8 +81,8 @@ def _claim(sets, place, oldest):
 
     ``oldest`` is the first token with a query.
     """
-    tiles, units, _, counters = place
-    task = gl.atomic_add(counters, 1, sem="relaxed")
+    tiles, units, _, counter = place
+    task = gl.atomic_add(counter, 1, sem="relaxed")
     searching = task < tiles * units
     while searching:
         i_b, i_h, i_t = _place(task, place)
@@ -93,18 +93,10 @@ def _claim(sets, place, oldest):
         searching = unused | ((last >= 0) & (last < oldest))
         if searching:
             # nobody needs this head's tasks before its last tile in use, or after one too old
-            gl.atomic_max(counters, task + 1 + gl.where(unused, i_t - used, i_t), sem="relaxed")
-            task = gl.atomic_add(counters, 1, sem="relaxed")
+            gl.atomic_max(counter, task + 1 + gl.where(unused, i_t - used, i_t), sem="relaxed")
+            task = gl.atomic_add(counter, 1, sem="relaxed")
             searching = task < tiles * units
     return task
-
-
-@gluon.jit
-def _release(counters):
-    """Leave the counters at 0 for the next kernel, once no program claims any more."""
-    if gl.atomic_add(counters + 1, 1) == gl.num_programs(0) - 1:
-        gl.atomic_xchg(counters, 0)
-        gl.atomic_xchg(counters + 1, 0)
 
 
 @gluon.jit
@@ -153,7 +145,7 @@ def _gather(
     o_query = gl.arange(0, _ROWS, gl.SliceLayout(1, _COPIED))
     step = 0
     done = 0
-    tiles, units, _, counters = place
+    tiles, units, _, _ = place
     task = _claim(sets, place, oldest)
     while task < tiles * units:
         _tell(done, task, mail)
@@ -192,7 +184,6 @@ def _gather(
         done += 1
         task = _claim(sets, place, oldest)
     _tell(done, -1, mail)
-    _release(counters)
 
 
 @gluon.jit
@@ -279,7 +270,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=_LENGTHS)
 def token_attention_hopper_kernel(
-    q, k, v, out, lse, indices, counts, counters,
+    q, k, v, out, lse, indices, counts, counter,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_ib, s_ih, s_cb,
     tiles, units, heads, group, heads_a_set, capacity, q_len, k_len, scale_log2,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
@@ -289,9 +280,9 @@ def token_attention_hopper_kernel(
 
     Writes the rows of chosen tokens into contiguous out ``[B, Sq, Hq, HEAD_DIM]`` and fp32 lse
     ``[B, Hq, Sq]``. The scale is positive. A task is one of ``tiles`` of 128 of the C slots for
-    one of ``units``, batch times query heads; the grid is any number of programs. Two counters,
-    tasks claimed and programs done, are 0 before the kernel and after it. Bars of a stage: full
-    when the copies of all gathering threads have landed, empty when both consumers have read it.
+    one of ``units``, batch times query heads; the grid is any number of programs. The counter of
+    claimed tasks is 0 before the kernel. Bars of a stage: full when the copies of all gathering
+    threads have landed, empty when both consumers have read it.
     """
     dtype: gl.constexpr = k.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -323,7 +314,7 @@ def token_attention_hopper_kernel(
 
     tensors = (q, s_qb, s_qn, s_qh, k, s_kb, s_kn, s_kh, v, s_vb, s_vn, s_vh)
     sets = (indices, counts, s_ib, s_ih, s_cb, heads_a_set, capacity)
-    place = (tiles, units, heads, counters)
+    place = (tiles, units, heads, counter)
     mail = (tasks, told, heard)
     lengths = (q_len, k_len, gl.maximum(k_len - q_len, 0), group)
     memory = (q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)

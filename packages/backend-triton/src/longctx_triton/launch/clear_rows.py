@@ -1,34 +1,27 @@
-"""Attention results in which every row attends nothing."""
+"""Attention results in which every row attends nothing, before a kernel that fills some rows."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from longctx_triton.kernels.clear_rows import clear_rows_kernel
 from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.scratch import Pieces
 
-__all__ = ["cleared"]
+__all__ = ["COUNTER", "clearing"]
 
+COUNTER: Pieces = ((1, torch.int32),)
+"""Memory of the number that is set to 0 as well."""
 _BLOCK = 4096
 
 
-def cleared(q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Return ``(out [B, Sq, Hq, value_dim], lse [B, Hq, Sq])`` of 0 and -inf, by one launch."""
-    batch, q_len, heads, _ = q.shape
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    if batch * q_len * heads * value_dim:
-        _plan((batch, q_len, heads), value_dim)(clear_rows_kernel, out, lse)
-    return out, lse
+def clearing(out_shape: tuple[int, ...]) -> Prepared:
+    """Return the launch of ``clear_rows_kernel``.
 
-
-@lru_cache(maxsize=512)
-def _plan(rows_shape: tuple[int, int, int], value_dim: int) -> Prepared:
-    rows = math.prod(rows_shape)
-    numbers = rows * value_dim
+    It takes results ``[B, Sq, Hq, Dv]``, which are not empty, their log-sum-exps ``[B, Hq, Sq]``
+    and a counter.
+    """
+    numbers = math.prod(out_shape)
     options = {"BLOCK": _BLOCK, "num_warps": 8}
-    return Prepared((-(-numbers // _BLOCK),), (numbers, rows), options)
+    return Prepared((-(-numbers // _BLOCK),), (numbers, math.prod(out_shape[:3])), options)

@@ -104,7 +104,7 @@ def hopper_forward(
     dtype = q.dtype
     plan = _plan(
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), dtype,
-        right, sinks is not None, scale, device, hopper_tiles(q.shape[3], dtype == _FP8),
+        right, sinks is not None, scale, device,
     )  # fmt: skip
     if plan is None:
         return False
@@ -115,7 +115,7 @@ def hopper_forward(
         factors = [None if t is None else t.contiguous() for t in descales]
         (wide,) = scratch(q, memory)
         kernels = (widen_kernel, flash_hopper_kernel)
-        widened(kernels, q, k, v, wide, out, lse, sinks, *factors)
+        widened(kernels, q, k, v, sinks, *factors, wide, out, lse)
     return True
 
 
@@ -149,7 +149,6 @@ def _plan(
     sinks: bool,
     scale: float,
     device: Device,
-    tiles: HopperTiles,
 ) -> _Plan | None:
     """Return the launch, or None for what the kernel does not take."""
     unit = 16 // dtype.itemsize
@@ -167,6 +166,7 @@ def _plan(
         return None
     fp8 = dtype == _FP8
     batch, q_len, q_heads, head_dim = q_shape
+    tiles = hopper_tiles(head_dim, fp8)
     count, units = -(-q_len // (tiles.consumers * ROWS)), batch * q_heads
     out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
     group = q_heads // k_shape[2]
@@ -196,7 +196,7 @@ def _plan(
     if not fp8:
         return _Plan(attend, None, ())
     widen, memory = widening(v_shape, given)
-    widened = Launches((widen, (2, 3)), (attend, (0, 1, 3, 4, 5, 6, 7, 8, 9)))
+    widened = Launches((widen, (2, 7)), (attend, (0, 1, 7, 8, 9, 3, 4, 5, 6)), given=7)
     return _Plan(attend, widened, memory)
 
 

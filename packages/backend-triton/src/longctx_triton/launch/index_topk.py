@@ -49,7 +49,7 @@ def index_topk_forward(
     ``LONGCTX_INDEX_BUDGET_MIB`` has room for (one row in any case), and only where they are seen.
     """
     batch, q_len = q.shape[:2]
-    result = torch.empty(batch, q_len, top_k, dtype=torch.int32, device=q.device)
+    result = weights.new_empty(batch, q_len, top_k, dtype=torch.int32)
     if batch * q_len == 0:
         return result
     device = device_of(q.device)
@@ -213,5 +213,5 @@ def _choosing(
     )  # fmt: skip
     counts = n_rows * (1 + parts) if parts > 1 else 0
     size = programs * parts * tiles.kept_bytes // 4
-    both = Launches((score, (0, 1, 2, 3, 4, 5, 6)), (choose, (6, 7, 8, 9, 10, 11)))
+    both = Launches((score, (0, 1, 2, 3, 4, 5, 6)), (choose, (6, 7, 8, 9, 10, 11)), given=6)
     return piece._replace(both=both, counts=counts), size

@@ -142,14 +142,14 @@ def block_list_forward(
         return False
     launches, memory = plan
     kernels = (walk_list_kernel, key_walk_hopper_kernel)
-    launches(kernels, q, k, v, out, lse, counts, indices, *scratch(q, memory), None)
+    launches(kernels, q, k, v, counts, indices, out, lse, *scratch(q, memory), None)
     return True
 
 
 class _ListPlan(NamedTuple):
     """Launches of ``walk_list_kernel`` and of the attention, and the memory of the walks.
 
-    The launches take q, k, v, the results, counts, indices, that memory, and None for what only
+    The launches take q, k, v, counts, indices, the results, that memory, and None for what only
     other calls of the attention give.
     """
 
@@ -251,7 +251,7 @@ def _list_plan(
         (0, 0, 1, 1, 0, 0, 0, q_heads // sets, sets, room),
         from_list=True, causal=causal, by_block=False, head_windows=False, sinks=False,
     )  # fmt: skip
-    launches = Launches((lists, (5, 6, 7, 8)), (attend, (0, 1, 2, 3, 4, 9, 9, 7, 8)))
+    launches = Launches((lists, (3, 4, 7, 8)), (attend, (0, 1, 2, 5, 6, 9, 9, 7, 8)), given=5)
     return _ListPlan(launches, ((walks * room, torch.int32), (walks * 2, torch.int32)))
 
 

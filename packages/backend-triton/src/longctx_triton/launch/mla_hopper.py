@@ -16,10 +16,8 @@ from longctx_triton.launch.scratch import Pieces, scratch
 __all__ = [
     "LATENT",
     "LEAST_HEADS",
-    "LatentPlan",
     "LatentTiles",
     "latent_forward",
-    "latent_plan",
     "latent_tiles",
 ]
 
@@ -57,7 +55,7 @@ def latent_tiles() -> LatentTiles:
     return LatentTiles(2, 168, 56)
 
 
-class LatentPlan(NamedTuple):
+class _Plan(NamedTuple):
     """Launches of one call.
 
     Attributes
@@ -76,18 +74,20 @@ class LatentPlan(NamedTuple):
     memory: Pieces
 
 
-def latent_plan(
+def latent_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     indices: Tensor,
     *,
     page_size: int,
     scale: float,
     sinks: Tensor | None,
     processors: int,
-) -> LatentPlan | None:
-    """Return the launches: of single keys of 512 and 64 channels of one KV head, else None.
+) -> bool:
+    """Write ``out`` and ``lse`` of attention over lists of single keys.
 
     Few tiles (decode) are cut over their lists and merged.
 
@@ -95,51 +95,38 @@ def latent_plan(
     ----------
     q, k, v : Tensor
         ``(batch, q_len, heads, 576)``, ``(batch, k_len, 1, 576)`` and the keys' first 512.
+    out, lse : Tensor
+        Contiguous, ``(batch, q_len, heads, 512)`` and ``(batch, heads, q_len)`` fp32.
     indices : Tensor, (batch, q_len, 1, slots), int32
     page_size : int
     scale : float
     sinks : Tensor, (heads,), float32, optional
     processors : int
         Programs to start, one a multiprocessor.
+
+    Returns
+    -------
+    bool
+        Whether it ran: for 512 and 64 channels of one KV head, whose values are its keys.
     """
-    start = k.data_ptr()
-    q_shape = q.shape
+    start, q_shape = k.data_ptr(), q.shape
     # copies are of 16 bytes
     if q_shape[2] < LEAST_HEADS or start != v.data_ptr() or (q.data_ptr() | start) % 16:
-        return None
-    return _plan(
+        return False
+    plan = _plan(
         q_shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(),
         indices.shape, indices.stride(), page_size, scale, sinks is not None, processors,
     )  # fmt: skip
-
-
-def latent_forward(
-    plan: LatentPlan,
-    q: Tensor,
-    k: Tensor,
-    indices: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-) -> None:
-    """Write ``out`` and ``lse``.
-
-    Parameters
-    ----------
-    plan : LatentPlan
-        Of these inputs.
-    q, k, indices : Tensor
-    out, lse : Tensor
-        Contiguous, ``(batch, q_len, heads, 512)`` and ``(batch, heads, q_len)`` fp32.
-    sinks : Tensor, (heads,), float32, optional
-    """
+    if plan is None:
+        return False
     attend, merged, memory = plan
     sunk = lse if sinks is None else sinks
     if merged is None:
         attend(latent_hopper_kernel, q, k, indices, sunk, out, lse)
-        return
-    kernels = (latent_hopper_kernel, merge_parts_kernel)
-    merged(kernels, q, k, indices, sunk, *scratch(q, memory), out, lse)
+    else:
+        kernels = (latent_hopper_kernel, merge_parts_kernel)
+        merged(kernels, q, k, indices, sunk, *scratch(q, memory), out, lse)
+    return True
 
 
 @lru_cache(maxsize=512)
@@ -158,7 +145,7 @@ def _plan(
     scale: float,
     sinks: bool,
     processors: int,
-) -> LatentPlan | None:
+) -> _Plan | None:
     """Return the launches, or None for what the kernel does not take."""
     if not (
         q_shape[3] == LATENT
@@ -197,9 +184,9 @@ def _plan(
         },
     )  # fmt: skip
     if parts == 1:
-        return LatentPlan(attend, None, ())
+        return _Plan(attend, None, ())
     rows = parts * tokens * heads
     merge = merge_plan(parts, (batch, q_len, heads, 2 * HALF), sinks)
-    merged = Launches((attend, (0, 1, 2, 3, 4, 5)), (merge, (4, 5, 3, 6, 7)))
+    merged = Launches((attend, (0, 1, 2, 3, 4, 5)), (merge, (4, 5, 3, 6, 7)), given=4)
     memory = ((rows * 2 * HALF, torch.float32), (rows, torch.float32))
-    return LatentPlan(attend, merged, memory)
+    return _Plan(attend, merged, memory)

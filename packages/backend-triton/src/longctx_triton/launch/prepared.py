@@ -183,12 +183,16 @@ class Launches:
     ----------
     steps : tuple of (Prepared, tuple of int)
         Launches, and which of the call's tensors each of them takes.
+    given : int, optional
+        How many of the first tensors the caller gave, default all. The others are the call's own,
+        of dtypes that follow from the plan and from these, at addresses that PyTorch chose.
     """
 
-    __slots__ = ("_runs", "steps")
+    __slots__ = ("_runs", "given", "steps")
 
-    def __init__(self, *steps: tuple[Prepared, tuple[int, ...]]) -> None:
+    def __init__(self, *steps: tuple[Prepared, tuple[int, ...]], given: int | None = None) -> None:
         self.steps = steps
+        self.given = given
         self._runs: dict[tuple[object, ...], list[_Step]] = {}
 
     def __call__(self, kernels: tuple[Any, ...], *tensors: Tensor | None) -> None:
@@ -196,10 +200,10 @@ class Launches:
         device = tensors[0].get_device()  # type: ignore[union-attr]
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         low = 0
-        for pointer in pointers:
+        for pointer in pointers[: self.given]:
             if pointer:
                 low |= pointer
-        found = (device, *[None if t is None else t.dtype for t in tensors])
+        found = (device, *[None if t is None else t.dtype for t in tensors[: self.given]])
         runs = self._runs.get(found)
         if runs is None or low % ALIGNMENT or watched():
             self._apart(kernels, tensors, found)

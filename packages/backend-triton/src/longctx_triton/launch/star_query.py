@@ -135,7 +135,7 @@ def star_query_plan(
     steps.append((merge, (end, end + 1, end + 3, end + 2, end + 3)))
     rows = parts * batch * q_len * heads
     memory = ((rows * value_dim, torch.float32), (rows, torch.float32))
-    return StarQueryPlan(tuple(shards), Launches(*steps), memory)
+    return StarQueryPlan(tuple(shards), Launches(*steps, given=end), memory)
 
 
 def _alike(

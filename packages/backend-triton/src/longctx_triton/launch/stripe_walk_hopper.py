@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx_triton.kernels.flash_hopper import ROWS
-from longctx_triton.kernels.stripe_tables import (
-    gather_columns_kernel,
-    stripe_bits_kernel,
-    stripe_lists_kernel,
-)
+from longctx_triton.kernels.stripe_tables import gather_columns_kernel, stripe_lists_kernel
 from longctx_triton.kernels.stripe_walk_hopper import stripe_walk_hopper_kernel
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.flash_hopper import even, rows_block
@@ -27,12 +23,10 @@ __all__ = ["StripeWalkTiles", "stripe_walk_forward", "stripe_walk_tiles"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _TILE = 2 * ROWS
-WORDS = 32
-"""Words of a bitmap that a program writes."""
 ENTRIES = 1024
-"""Stripes that it reads at a time."""
+"""Stripes that the lists take at a time."""
 CHUNK = 32
-"""Groups of 128 keys that the lists take at a time."""
+"""Groups of 128 keys that they take at a time."""
 GATHERED = 64
 """Columns that a program copies."""
 MOST_COPIED = 8 << 20
@@ -66,8 +60,8 @@ class _Plan(NamedTuple):
     Attributes
     ----------
     launches : Launches
-        Of the kernels that make bitmaps, lists, the columns' copies, and the result: of q, k, v,
-        the results, the stripes, and what the kernels keep between them.
+        Of the kernels that make the bitmaps and lists, the columns' copies, and the result: of q,
+        k, v, the stripes, the results, and what the kernels keep between them.
     memory : Pieces
         Of the bitmaps, as numbers of 32 and of 64 bits, of the lists, and of the columns if they
         are few.
@@ -116,12 +110,10 @@ def stripe_walk_forward(
         return False
     kept = scratch(q, plan.memory)
     if plan.columns:
-        kept = (*kept, torch.empty(plan.columns, dtype=dtype, device=q.device))
-    kernels = (
-        stripe_bits_kernel, stripe_lists_kernel, gather_columns_kernel, stripe_walk_hopper_kernel,
-    )  # fmt: skip
+        kept = (*kept, q.new_empty(plan.columns))
+    kernels = (stripe_lists_kernel, gather_columns_kernel, stripe_walk_hopper_kernel)
     plan.launches(
-        kernels, q, k, v, out, lse, vertical, vertical_counts, slash, slash_counts, *kept
+        kernels, q, k, v, vertical, vertical_counts, slash, slash_counts, out, lse, *kept
     )
     return True
 
@@ -168,14 +160,11 @@ def _plan(
     columns = (2 * batch, capacity, copies, head_dim)
     column_strides = (copies * capacity * head_dim, head_dim, capacity * head_dim, 1)
     eights = [stride // 8 for stride in (*k_strides[:3], *v_strides[:3])]
-    bits = Prepared(
-        (batch * sets, 2, words // WORDS + 1),
+    lists = Prepared(
+        (batch * sets,),
         (*vertical_strides[:2], vertical_count_stride, *slash_strides[:2], slash_count_stride,
-         sets, k_len, groups, n_vertical, n_slash),
-        {"WORDS": WORDS, "ENTRIES": ENTRIES, "num_warps": 4},
-    )  # fmt: skip
-    order = Prepared(
-        (batch * sets,), (groups, capacity, s_list), {"CHUNK": CHUNK, "num_warps": 8}
+         sets, k_len, groups, n_vertical, n_slash, capacity, s_list),
+        {"ENTRIES": ENTRIES, "CHUNK": CHUNK, "num_warps": 8},
     )  # fmt: skip
     gather = Prepared(
         (batch * copies, -(-capacity // GATHERED)),
@@ -208,9 +197,9 @@ def _plan(
         memory = (*memory, (copied, dtype))
     tables, wide, listed, gathered = range(9, 13)
     launches = Launches(
-        (bits, (tables, 5, 6, 7, 8)),
-        (order, (tables, listed)),
+        (lists, (tables, listed, 3, 4, 5, 6)),
         (gather, (1, 2, gathered, listed)),
-        (attend, (0, 1, 2, 3, gathered, 4, listed, wide)),
+        (attend, (0, 1, 2, 7, gathered, 8, listed, wide)),
+        given=7,
     )
     return _Plan(launches, memory, 0 if few else copied)

@@ -8,18 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longctx_triton.kernels.clear_rows import clear_rows_kernel
 from longctx_triton.kernels.flash_hopper import ROWS
 from longctx_triton.kernels.token_attention_hopper import token_attention_hopper_kernel
+from longctx_triton.launch.clear_rows import COUNTER, clearing
 from longctx_triton.launch.device import Device
-from longctx_triton.launch.prepared import Prepared
+from longctx_triton.launch.prepared import Launches, Prepared
+from longctx_triton.launch.scratch import scratch
 from longctx_triton.launch.tuning import tuned
-from longctx_triton.launch.workspace import workspace
 
 __all__ = ["GatherTiles", "gather_tiles", "token_attention_forward"]
 
 _HEAD_SIZES = (64, 128)
 _HALF = (torch.bfloat16, torch.float16)
-_COUNTERS = 2
 _LOG2_E = 1.4426950408889634
 
 
@@ -60,7 +61,7 @@ def token_attention_forward(
     *,
     scale: float,
 ) -> bool:
-    """Write the rows of ``out`` and ``lse`` whose tokens are chosen.
+    """Write ``out`` and ``lse``: the rows whose tokens are chosen, and 0 and -inf elsewhere.
 
     Parameters
     ----------
@@ -82,12 +83,12 @@ def token_attention_forward(
         return False
     plan = _plan(
         q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), indices.shape,
-        (*indices.stride()[:2], counts.stride(0)), scale, device, gather_tiles(q.shape[3]),
+        indices.stride(), counts.stride(), scale, device,
     )  # fmt: skip
     if plan is None:
         return False
-    counters = workspace(_COUNTERS, 0, q.device).counters
-    plan(token_attention_hopper_kernel, q, k, v, out, lse, indices, counts, counters)
+    kernels = (clear_rows_kernel, token_attention_hopper_kernel)
+    plan(kernels, q, k, v, indices, counts, out, lse, *scratch(q, COUNTER))
     return True
 
 
@@ -101,12 +102,15 @@ def _plan(
     v_shape: tuple[int, ...],
     v_strides: tuple[int, ...],
     indices_shape: tuple[int, ...],
-    set_strides: tuple[int, int, int],
+    index_strides: tuple[int, ...],
+    count_strides: tuple[int, ...],
     scale: float,
     device: Device,
-    sizes: GatherTiles,
-) -> Prepared | None:
-    """Return the launch, or None for what the kernel does not take."""
+) -> Launches | None:
+    """Return the launches that clear and attend, or None for what the kernel does not take.
+
+    They take q, k, v, the sets, the results and the counter.
+    """
     batch, q_len, heads, head_dim = q_shape
     k_len, kv_heads = k_shape[1:3]
     strides = (*q_strides[:3], *k_strides[:3], *v_strides[:3])
@@ -121,11 +125,12 @@ def _plan(
         return None
     _, sets, capacity = indices_shape
     tiles, units, group = -(-capacity // (2 * ROWS)), batch * heads, heads // kv_heads
-    return Prepared(
+    sizes = gather_tiles(head_dim)
+    attend = Prepared(
         (min(tiles * units, device.processors),),
         (
-            *strides, *set_strides, tiles, units, heads, group, heads // sets, capacity, q_len,
-            k_len, scale * _LOG2_E,
+            *strides, *index_strides[:2], count_strides[0], tiles, units, heads, group,
+            heads // sets, capacity, q_len, k_len, scale * _LOG2_E,
         ),
         {
             "HEAD_DIM": head_dim, "STAGES": sizes.stages,
@@ -133,3 +138,8 @@ def _plan(
             "num_warps": 4,
         },
     )  # fmt: skip
+    return Launches(
+        (clearing((*q_shape[:3], head_dim)), (5, 6, 7)),
+        (attend, (0, 1, 2, 5, 6, 3, 4, 7)),
+        given=5,
+    )

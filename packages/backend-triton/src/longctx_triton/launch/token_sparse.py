@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from longctx_triton.kernels.select_rows import CHUNK, choose_plans, found_size
+from longctx_triton.launch.clear_rows import clearing
 from longctx_triton.launch.device import SMALL_SHARED, Device
 from longctx_triton.launch.prepared import Launches, Prepared
 from longctx_triton.launch.scratch import Pieces
@@ -94,7 +95,7 @@ def score_plan(
         memory.append(batch * heads * prefix)
         grid = (batch * heads, -(-prefix // CHUNK))
         steps.append((Prepared(grid, (prefix,), {"POOL": pool, "BLOCK": CHUNK}), (4, 5)))
-    return ScorePlan(Launches(*steps), tuple((count, torch.float32) for count in memory))
+    return ScorePlan(Launches(*steps, given=2), tuple((count, torch.float32) for count in memory))
 
 
 class MassPlan(NamedTuple):
@@ -133,7 +134,7 @@ def mass_plan(
     threshold, emit = choose_plans(shape, strides, 0, length + recent, recent, True, True)
     return MassPlan(
         Launches((means, (0, 1, 2)), (keep, (1, 2, 3)), (threshold, (0, 3, 4)),
-                 (emit, (0, 4, 5, 6))),
+                 (emit, (0, 4, 5, 6)), given=1),
         (
             (batch * length, torch.float64), (batch * chunks, torch.float64),
             (batch, torch.int32), (found_size(batch, heads, length), torch.int32),
@@ -150,24 +151,25 @@ def attend_plan(
     v_shape: tuple[int, ...],
     v_strides: tuple[int, ...],
     indices_shape: tuple[int, ...],
-    set_strides: tuple[int, int, int],
+    index_strides: tuple[int, ...],
+    count_strides: tuple[int, ...],
     scale: float,
     device: Device,
-) -> Prepared:
-    """Return the launch of ``token_set_attention_kernel``.
+) -> Launches:
+    """Return the launches of ``clear_rows_kernel`` and ``token_set_attention_kernel``.
 
-    ``indices_shape`` is ``(batch, sets, capacity)``; ``set_strides`` are the first two of the
-    indices and the first of the counts.
+    They take q, k, v, the sets, the results and a counter. ``indices_shape`` is ``(batch, sets,
+    capacity)``.
     """
     batch, q_len, heads, head_dim = q_shape
     k_len, kv_heads, value_dim = v_shape[1:]
     _, sets, capacity = indices_shape
     tiles = token_tiles(head_dim, value_dim, device.arch, capacity)
     scale_log2, q_factor = signed_scale(scale)
-    return Prepared(
+    attend = Prepared(
         (batch * heads * -(-capacity // tiles.queries),),
         (
-            *q_strides[:3], *k_strides[:3], *v_strides[:3], *set_strides,
+            *q_strides[:3], *k_strides[:3], *v_strides[:3], *index_strides[:2], count_strides[0],
             q_len, k_len, batch * heads, heads, heads // kv_heads, heads // sets, capacity,
             scale_log2, q_factor,
         ),
@@ -178,3 +180,8 @@ def attend_plan(
             "num_warps": tiles.warps, "num_stages": tiles.stages,
         },
     )  # fmt: skip
+    return Launches(
+        (clearing((batch, q_len, heads, value_dim)), (5, 6, 7)),
+        (attend, (0, 1, 2, 5, 6, 3, 4)),
+        given=5,
+    )

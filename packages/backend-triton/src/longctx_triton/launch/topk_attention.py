@@ -106,5 +106,5 @@ def list_plan(
         return ListPlan(attend, None, ())
     rows = parts * math.prod(q_shape[:3])
     merge = merge_plan(parts, (batch, q_len, heads, value_dim), sinks)
-    merged = Launches((attend, (0, 1, 2, 3, 4, 5, 6)), (merge, (5, 6, 4, 7, 8)))
+    merged = Launches((attend, (0, 1, 2, 3, 4, 5, 6)), (merge, (5, 6, 4, 7, 8)), given=5)
     return ListPlan(attend, merged, ((rows * value_dim, torch.float32), (rows, torch.float32)))

@@ -63,10 +63,10 @@ def _add_known(found: list[object], values: Iterable[Any]) -> None:
     """
     for v in values:
         kind = type(v)
-        if kind is Tensor or isinstance(v, Tensor):
-            found += (v.shape, v.stride(), v.dtype, v.device, v.requires_grad)
-        elif kind in _PLAIN:
+        if kind in _PLAIN:  # first: isinstance() of a class with a metaclass takes longer
             found.append(v)
+        elif kind is Tensor or isinstance(v, Tensor):
+            found += (v.shape, v.stride(), v.dtype, v.device, v.requires_grad)
         elif kind is tuple or kind is list:
             found += (_SEQUENCE, len(v))
             _add_known(found, v)

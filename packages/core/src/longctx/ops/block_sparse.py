@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.dispatch import BoundBackend, choose, primitive
+from longctx.dispatch import BoundBackend, bound_to, choose, primitive
 from longctx.ops._checks import (
     check_attention_inputs,
     check_device,
@@ -21,6 +21,7 @@ from longctx.protocols.attention import AttentionOutput
 
 __all__ = ["block_sparse_attention", "block_sparse_attention_with_lse"]
 
+_PLANS = (BlockPlan, StripePlan, WindowPlan)
 _HEAD_FEATURES = {"shared": (), "kv": ("per-kv-head",), "query": ("per-query-head",)}
 
 
@@ -107,7 +108,7 @@ def block_sparse_attention_with_lse(
         ``out`` and ``lse`` fp32 ``[batch, q_heads, q_len]`` (natural log; -inf where the plan
         keeps nothing; fp64 for fp64 inputs).
     """
-    if not isinstance(plan, BlockPlan | StripePlan | WindowPlan):
+    if not isinstance(plan, _PLANS):
         raise TypeError(
             f"plan must be a BlockPlan, StripePlan or WindowPlan, got {type(plan).__name__}: see "
             "longctx.lowering for conversions"
@@ -116,7 +117,7 @@ def block_sparse_attention_with_lse(
         check_once(_check, q, k, v, plan, causal, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     gradient = needs_gradient(q, k, v)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "block_sparse_attention",
         q,
         head_dim=q.shape[3],

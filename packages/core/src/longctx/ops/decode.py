@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.dispatch import BoundBackend, choose, primitive
+from longctx.dispatch import BoundBackend, bound_to, choose, primitive
 from longctx.ops._checks import check_device, check_window
 from longctx.ops._decode_checks import check_decode, check_parts
 from longctx.ops._library import call, define, needs_gradient
@@ -160,7 +160,7 @@ def decode_attention_with_lse(
         features += ("softcap",)
     if sinks is not None:
         features += ("sinks",)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "decode_attention",
         q,
         head_dim=head_dim,
@@ -224,7 +224,7 @@ def merge_attention(
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     if not torch.compiler.is_compiling():
         check_once(check_parts, outs, lses)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "merge_attention",
         outs,
         head_dim=outs.shape[4],

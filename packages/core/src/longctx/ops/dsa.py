@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.dispatch import BoundBackend, choose
+from longctx.dispatch import BoundBackend, bound_to, choose
 from longctx.errors import UnsupportedError
 from longctx.ops._checks import check_positive
 from longctx.ops._dsa_checks import (
@@ -99,7 +99,7 @@ def quantize_fp8(
     if not torch.compiler.is_compiling():
         check_once(check_quantize_input, x, scale_format)
     gradient = needs_gradient(x)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "quantize_fp8",
         x,
         head_dim=x.shape[-1],
@@ -178,7 +178,9 @@ def index_scores(
             "index_scores has no gradient through fp8 inputs or k_scale: give it the unquantised "
             "q and k, or call under torch.no_grad()"
         )
-    chosen = _choose_indexer("index_scores", q, key_start, key_end, gradient, backend)
+    chosen = bound_to(backend) or _choose_indexer(
+        "index_scores", q, key_start, key_end, gradient, backend
+    )
     key_start, key_end = both_bounds(key_start, key_end, k.shape[1])
     result: Tensor = call(
         score_op, score, gradient, q, k, weights, k_scale, key_start, key_end, causal, chosen
@@ -256,7 +258,9 @@ def index_topk(
         check_once(
             check_index_inputs, q8, k8, weights, k_scale, key_start, key_end, "q8", "k8", False
         )
-    chosen = _choose_indexer("index_topk", q8, key_start, key_end, False, backend)
+    chosen = bound_to(backend) or _choose_indexer(
+        "index_topk", q8, key_start, key_end, False, backend
+    )
     key_start, key_end = both_bounds(key_start, key_end, k8.shape[1])
     indices = call(
         select_op, select, False,
@@ -371,22 +375,15 @@ def topk_attention_with_lse(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not torch.compiler.is_compiling():
         check_once(check_topk_inputs, q, k, v, plan, scale, sinks)
-    features: tuple[str, ...] = ("mla",) if v.shape[3] < q.shape[3] else ()
-    if sinks is not None:
-        features += ("sinks",)
-    if plan.page_size > 1:
-        features += ("pages",)
-    if plan.head_axis == "kv":
-        features += ("per-kv-head",)
     gradient = needs_gradient(q, k, v, sinks)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "topk_attention",
         q,
         head_dim=q.shape[3],
         value_dim=v.shape[3],
         q_heads=q.shape[2],
         kv_heads=k.shape[2],
-        features=features,
+        features=_attention_features(q, v, plan, sinks),
         gradient=gradient,
         backend=backend,
     )
@@ -394,3 +391,16 @@ def topk_attention_with_lse(
         attend_op, attend, gradient, q, k, v, plan.indices, sinks, plan.page_size, scale, chosen
     )
     return AttentionOutput(out, lse)
+
+
+def _attention_features(
+    q: Tensor, v: Tensor, plan: TopKPlan, sinks: Tensor | None
+) -> tuple[str, ...]:
+    used: tuple[str, ...] = ("mla",) if v.shape[3] < q.shape[3] else ()
+    if sinks is not None:
+        used += ("sinks",)
+    if plan.page_size > 1:
+        used += ("pages",)
+    if plan.head_axis == "kv":
+        used += ("per-kv-head",)
+    return used

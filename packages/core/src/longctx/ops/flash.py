@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.dispatch import BoundBackend, choose, primitive
+from longctx.dispatch import BoundBackend, bound_to, choose, primitive
 from longctx.errors import UnsupportedError
 from longctx.ops._checks import (
     check_attention_inputs,
@@ -153,20 +153,19 @@ def flash_attention_with_lse(
             for name, descale in (("q", q_descale), ("k", k_descale), ("v", v_descale)):
                 _check_descale(name, descale, q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    features = _features(left, right, softcap, sinks, cu_seqlens_q, q.dtype)
     gradient = needs_gradient(q, k, v, sinks)
     if gradient and q.dtype == FP8:
         raise UnsupportedError(
             "flash_attention has no gradient for fp8 inputs: call under torch.no_grad() or in bf16"
         )
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "flash_attention",
         q,
         head_dim=q.shape[3],
         value_dim=v.shape[3],
         q_heads=q.shape[2],
         kv_heads=k.shape[2],
-        features=features,
+        features=_features(left, right, softcap, sinks, cu_seqlens_q, q.dtype),
         gradient=gradient,
         backend=backend,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.dispatch import BoundBackend, choose, primitive
+from longctx.dispatch import BoundBackend, bound_to, choose, primitive
 from longctx.ops._checks import (
     check_axes,
     check_cu_seqlens,
@@ -92,7 +92,7 @@ def lightning_attention(
         check_once(_check_attention, q, k, v, log_decay, scale, initial_state, cu_seqlens)
     used = (("initial-state", initial_state is not None), ("varlen", cu_seqlens is not None))
     gradient = needs_gradient(q, k, v, initial_state)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "lightning_attention",
         q,
         head_dim=q.shape[3],
@@ -159,7 +159,7 @@ def lightning_decode(
     if not torch.compiler.is_compiling():
         check_once(_check_decode, q, k, v, state, log_decay, scale)
     gradient = needs_gradient(q, k, v, state)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "lightning_decode",
         q,
         head_dim=q.shape[3],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.dispatch import BoundBackend, choose, primitive
+from longctx.dispatch import BoundBackend, bound_to, choose, primitive
 from longctx.ops._checks import check_attention_inputs, check_positive, check_scale
 from longctx.ops._library import call, define, needs_gradient
 from longctx.ops._once import check_once
@@ -116,7 +116,7 @@ def star_context_attention_with_lse(
         check_once(_check_context, q, k, v, block_size, anchor_size, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     gradient = needs_gradient(q, k, v)
-    chosen = _choose("star_context_attention", q, k, v, gradient, backend)
+    chosen = bound_to(backend) or _choose("star_context_attention", q, k, v, gradient, backend)
     out, lse = call(
         _context_op, _context, gradient,
         q, k, v, block_size, anchor_size, scale, chosen,
@@ -209,7 +209,9 @@ def star_query_attention_with_lse(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     keys, values = [k for k, _ in shards], [v for _, v in shards]
     gradient = needs_gradient(q, *keys, *values)
-    chosen = _choose("star_query_attention", q, keys[0], values[0], gradient, backend)
+    chosen = bound_to(backend) or _choose(
+        "star_query_attention", q, keys[0], values[0], gradient, backend
+    )
     out, lse = call(_query_op, _query, gradient, q, keys, values, owner, scale, chosen)
     return AttentionOutput(out, lse)
 

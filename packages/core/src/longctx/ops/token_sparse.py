@@ -15,7 +15,7 @@ from longctx._compact import (
     rows_of_slots,
     valid_slots,
 )
-from longctx.dispatch import BoundBackend, choose
+from longctx.dispatch import BoundBackend, bound_to, choose
 from longctx.ops._library import call, detached, needs_gradient
 from longctx.ops._once import check_once
 from longctx.ops._token_sparse_checks import (
@@ -103,7 +103,7 @@ def token_scores(
     if not torch.compiler.is_compiling():
         check_once(check_score_inputs, q_recent, k, pool, scale)
     gradient = needs_gradient(q_recent, k)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "token_scores",
         q_recent,
         head_dim=q_recent.shape[3],
@@ -178,7 +178,7 @@ def select_tokens(
     """
     if not torch.compiler.is_compiling():
         check_once(check_select_inputs, scores, drop_mass, min_tokens, recent, head_axis)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "select_tokens",
         scores,
         head_dim=1,
@@ -328,18 +328,15 @@ def _dispatch(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if plan.scope == "kv":
         return _attend_columns(q, k, v, plan, scale, backend)
-    features = _HEAD_FEATURES[plan.head_axis]
-    if v.shape[3] < q.shape[3]:
-        features += ("mla",)
     gradient = needs_gradient(q, k, v)
-    chosen = choose(
+    chosen = bound_to(backend) or choose(
         "token_sparse_attention",
         q,
         head_dim=q.shape[3],
         value_dim=v.shape[3],
         q_heads=q.shape[2],
         kv_heads=k.shape[2],
-        features=features,
+        features=_HEAD_FEATURES[plan.head_axis] + (("mla",) if v.shape[3] < q.shape[3] else ()),
         gradient=gradient,
         backend=backend,
     )
