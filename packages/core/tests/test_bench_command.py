@@ -96,9 +96,31 @@ def test_the_list_needs_no_gpu(run):
     assert code == 0
     assert out.count("flash_attention") == 12
     assert "B1 T16K H16 D128 causal bf16" in out
+    assert "--shapes call" not in out
+    code, out, _ = run("--list", "--device", "cuda")
+    assert "small shapes for the host's time of a call: --shapes call" in out
+    code, out, _ = run("--list", "--device", "cuda", "--shapes", "call")
+    assert code == 0
+    assert out.count(" call ") == 21
     code, out, _ = run("lightning_attention", "--list", "--device", "cpu", "--backward")
     assert code == 0
     assert out.count("backward") == 3
+
+
+def test_shapes_without_an_op_are_those_of_every_op(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    code, out, err = run(
+        "--shapes", "call P8 T1", "--device", "cpu", "--seconds", 0.01, "--json", path
+    )
+    assert code == 0, err
+    assert "host us" not in out, "on a CPU the call is the work"
+    found = read_recording(path)
+    assert found.header["command"] == (
+        "longctx bench --all --shapes 'call P8 T1' --device cpu --seconds 0.01"
+    )
+    (only,) = found.rows
+    assert (only.op, only.grid, only.status) == ("merge_attention", "call", Status.OK)
+    assert only.case == "P8 B1 T1 H32 D128 bf16"
 
 
 def test_compare_tells_faster_slower_missing_and_changed(run, tmp_path):

@@ -9,8 +9,8 @@ import torch
 
 from longctx.bench.case import Case, axes
 from longctx.bench.counting import kept_pairs, work_of
-from longctx.bench.plans import block_sparse_plan, token_set_plan, topk_indices
-from longctx.bench.shapes import cpu, dense, sparse, standard_cases
+from longctx.bench.plans import block_sparse_plan, sequence_ends, token_set_plan, topk_indices
+from longctx.bench.shapes import calls, cpu, dense, sparse, standard_cases
 from longctx.bench.workloads import WORKLOADS
 from longctx.plans import TopKPlan
 from longctx.protocols.families import OPS
@@ -49,6 +49,24 @@ def test_flash_pairs_flops_and_bytes(causal, window):
     inputs = WORKLOADS[case.op].inputs(case, CPU)
     assert work.read == nbytes(*inputs.values())
     assert work.written == nbytes(inputs["q"])
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 5)])
+def test_packed_sequences_see_themselves(causal, window):
+    case = flash(axes=axes(batch=1, seq=37, sequences=3, **HEADS), causal=causal, window=window)
+    ends = sequence_ends(case)
+    assert ends[0] == 0
+    assert ends[-1] == 37
+    assert (ends.diff() > 0).all()
+    assert len(ends) == 4
+    bounds = None if window is None else (window, 0)
+    kept = sum(
+        int(flash_mask(n, n, causal=causal, window=bounds).sum()) for n in ends.diff().tolist()
+    )
+    assert kept_pairs(case) == kept * 6
+    inputs = WORKLOADS[case.op].inputs(case, CPU)
+    assert torch.equal(inputs["cu_seqlens_q"], ends)
+    assert work_of(case).read == nbytes(*inputs.values())
 
 
 def test_a_causal_square_is_half_of_the_full_one():
@@ -170,6 +188,21 @@ def test_topk_counts(q_len, top_k):
         assert rows == int(mask.any(2).sum()) / 2
 
 
+def test_keys_chosen_by_kv_head():
+    case = Case("topk_attention", "test", axes(batch=2, q_len=3, k_len=40, **HEADS, top_k=6))
+    inputs = WORKLOADS[case.op].inputs(case, CPU)
+    plan = inputs["plan"]
+    assert (plan.head_axis, plan.indices.shape) == ("kv", (2, 3, 2, 6))
+    assert not torch.equal(plan.indices[:, :, 0], plan.indices[:, :, 1])
+    assert inputs["v"].untyped_storage().data_ptr() != inputs["k"].untyped_storage().data_ptr()
+    assert kept_pairs(case) == int(plan.to_mask(3, 40).sum()) * 3
+    one = case.resized(q_len=1)
+    inputs = WORKLOADS[case.op].inputs(one, CPU)
+    rows = 2 * 2 * 6  # a single query's keys are distinct
+    read = nbytes(inputs["q"], inputs["plan"].indices) + 2 * rows * 8 * 2
+    assert work_of(one).read == read
+
+
 @pytest.mark.parametrize(("length", "block", "anchor"), [(75, 16, 16), (64, 16, 5), (10, 16, 16)])
 def test_star_counts(length, block, anchor):
     sizes = axes(batch=2, seq=length, **HEADS, block_size=block, anchor_size=anchor)
@@ -241,6 +274,25 @@ def test_the_standard_grids_are_there():
     assert ("paged", "B32 Q1 K1M H32/8 D128 page16 bf16 kv-fp8_e4m3") in names
     assert ("prefill", "B1 T128K H64 D128 bf16 backward") in names
     assert any(case["q_len"] == 8192 for case in sparse.CASES if case.op == "index_topk")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_single_calls_run_only_where_their_grid_is_named(device):
+    asked = standard_cases(tuple(OPS), device=device, shapes="call")
+    assert set(asked) == set(calls.CASES)
+    assert len(asked) == len({(case.op, case.name) for case in calls.CASES}) == 21
+    assert {case.op for case in calls.CASES} == set(OPS)
+    assert {case.grid for case in calls.CASES} == {calls.GRID}
+    for words in ("", "*", "c*", "T128", "K4K"):
+        cases = standard_cases(tuple(OPS), device=device, shapes=words)
+        assert calls.GRID not in {case.grid for case in cases}
+    (one,) = standard_cases(["flash_attention"], device=device, shapes="Call window*")
+    assert one.name == "B1 T128 H32/8 D128 window32 bf16"
+    for case in calls.CASES:
+        work = work_of(case)
+        assert work.flops < 3e9
+        assert 0 < work.bytes < 40e6
+    assert not standard_cases(tuple(OPS), device=device, shapes="call", backward=True)
 
 
 def test_a_filter_takes_words_and_globs():

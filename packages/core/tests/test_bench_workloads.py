@@ -18,7 +18,7 @@ from longctx.bench.peers import PEERS, flex
 from longctx.bench.peers.compositions import Compositions
 from longctx.bench.plans import block_sparse_plan, token_set_plan
 from longctx.bench.prepared import Prepared
-from longctx.bench.shapes import cpu
+from longctx.bench.shapes import calls, cpu
 from longctx.bench.workloads import WORKLOADS
 from longctx.bench.workloads.dsa import _chosen_scores
 from longctx.reference.decode import merge_attention as merge_oracle
@@ -26,7 +26,7 @@ from longctx.reference.flash import flash_attention as flash_oracle
 from longctx.reference.lightning import lightning_attention as lightning_oracle
 
 CPU = torch.device("cpu")
-SMALL = list(dict.fromkeys(WORKLOADS[c.op].reduced(c) for c in cpu.CASES))
+SMALL = list(dict.fromkeys(WORKLOADS[c.op].reduced(c) for c in (*cpu.CASES, *calls.CASES)))
 TORCH = BackendContestant("torch")
 
 

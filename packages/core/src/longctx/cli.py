@@ -184,7 +184,11 @@ def bench(
         list[str] | None, typer.Option(help="Only this peer, or none; repeatable.")
     ] = None,
     shapes: Annotated[
-        str, typer.Option(help="Words that a shape must have, such as 'fa3 D128 causal'.")
+        str,
+        typer.Option(
+            help="Words that a shape must have, such as 'fa3 D128 causal'; 'call': the small "
+            "shapes for the host's time of a call."
+        ),
     ] = "",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: cuda if any.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 for all shapes.")] = None,
@@ -212,8 +216,8 @@ def bench(
             raise ValueError("--from draws what was recorded: give a folder with --plot")
         command.plot_file(recorded, plot, _OUT)
         return
-    if not (ops or all_ops or list_only):
-        raise ValueError("name an op, such as flash_attention, or give --all or --list")
+    if not (ops or all_ops or list_only or shapes):
+        raise ValueError("name an op, such as flash_attention, or shapes, or give --all or --list")
     if ops and all_ops:
         raise ValueError("--all is every op: leave out the names, or --all")
     request = command.Request(

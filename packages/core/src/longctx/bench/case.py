@@ -19,6 +19,7 @@ _SYMBOLS = {
     "q_len": "Q",
     "seq": "T",
     "k_len": "K",
+    "sequences": "seqs",
     "rows": "R",
     "q_heads": "H",
     "heads": "H",

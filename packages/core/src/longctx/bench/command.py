@@ -21,7 +21,7 @@ from longctx.bench.machine import describe_machine
 from longctx.bench.plots import draw, require_matplotlib
 from longctx.bench.records import Recording, Row, RowWriter, read_recording
 from longctx.bench.session import Session
-from longctx.bench.shapes import standard_cases
+from longctx.bench.shapes import calls, standard_cases
 from longctx.bench.tables import (
     case_heading,
     case_table,
@@ -54,7 +54,7 @@ class Request:
     ops : tuple of str
         Public op names; all of them when empty.
     shapes : str
-        Words that a case's name or grid must have, as `Case.matches` takes them.
+        Words that a case's name or grid must have, as `standard_cases` takes them.
     device : str or None
         ``"cpu"`` or ``"cuda"``; a GPU if there is one when None.
     dtype : str or None
@@ -128,9 +128,12 @@ class Request:
 
 
 def list_shapes(request: Request, console: Console) -> None:
-    """Print the shapes that a request would run."""
+    """Print the shapes that a request would run, and how to ask for those it would not."""
     console = plain_console(console)
     console.print(list_table(request.cases(request.resolved_device(listing=True))))
+    if not request.shapes and not request.backward:
+        hint = f"small shapes for the host's time of a call: --shapes {calls.GRID}"
+        console.print(hint, highlight=False)
 
 
 def run_bench(

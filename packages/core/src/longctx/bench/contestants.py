@@ -40,7 +40,10 @@ class Contestant(Protocol):
         ...
 
     def prepare(self, case: Case, inputs: Inputs, *, bound: bool) -> Prepared:
-        """Return the call on some inputs; ``bound`` skips dispatch, as models do."""
+        """Return the call on some inputs; ``bound`` skips dispatch, as models do.
+
+        What is timed is bound: a peer is called directly as well.
+        """
         ...
 
 
@@ -94,6 +97,8 @@ class PeerContestant:
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
         """Return why the peer does not run the case."""
+        if case.get("sequences", 1) > 1:
+            return "the bench has no call of peers for packed sequences"
         return self.peer.refuses(case, device)
 
     def prepare(self, case: Case, inputs: Inputs, *, bound: bool) -> Prepared:

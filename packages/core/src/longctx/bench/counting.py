@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.bench.case import Case
-from longctx.bench.plans import block_sparse_plan, token_set_plan
+from longctx.bench.plans import block_sparse_plan, sequence_ends, token_set_plan
 from longctx.plans import BlockPlan, StripePlan, WindowPlan
 from longctx.plans.base import causal_pairs, triangle
 from longctx.support import DTYPES
@@ -92,6 +92,13 @@ def _pairs_of_one_head(case: Case) -> float:
         return triangle(int(token_set_plan(case).counts[0, 0]))
     if case.op == "token_scores":
         return causal_pairs(case["window_queries"], k_len)
+    ends = sequence_ends(case)
+    if ends is None:
+        return _dense_pairs(case, q_len, k_len)
+    return sum(_dense_pairs(case, length, length) for length in ends.diff().tolist())
+
+
+def _dense_pairs(case: Case, q_len: int, k_len: int) -> float:
     if case.window is not None:
         return _window_pairs(q_len, k_len, case.window, 0)
     return causal_pairs(q_len, k_len) if case.causal else q_len * k_len
@@ -140,7 +147,9 @@ def _dense(case: Case, pairs: float, key_rows: float, *, plan_bytes: float = 0) 
 
 def _flash(case: Case) -> Work:
     key_rows = case["batch"] * case.k_len * case["kv_heads"]
-    forward = _dense(case, kept_pairs(case), key_rows)
+    ends = sequence_ends(case)
+    entries = 0 if ends is None else len(ends)
+    forward = _dense(case, kept_pairs(case), key_rows, plan_bytes=entries * INT32)
     if not case.backward:
         return forward
     # reads q, k, v, out, dout and lse; writes dq, dk and dv
@@ -200,7 +209,7 @@ def _topk(case: Case) -> Work:
     chosen = _pairs_of_one_head(case)
     # a key counts once however many queries chose it
     key_rows = case["batch"] * case["kv_heads"] * min(case.k_len, chosen)
-    indices = case["batch"] * case.q_len * case["top_k"] * INT32
+    indices = case["batch"] * case.q_len * case["kv_heads"] * case["top_k"] * INT32
     return _dense(case, kept_pairs(case), key_rows, plan_bytes=indices)
 
 

@@ -10,7 +10,13 @@ from torch import Tensor
 from longctx.bench.case import Case
 from longctx.plans import BlockPlan, StripePlan, TokenSetPlan, WindowPlan
 
-__all__ = ["block_sparse_plan", "on_device", "token_set_plan", "topk_indices"]
+__all__ = [
+    "block_sparse_plan",
+    "on_device",
+    "sequence_ends",
+    "token_set_plan",
+    "topk_indices",
+]
 
 SEED = 20241
 
@@ -68,21 +74,35 @@ def token_set_plan(case: Case) -> TokenSetPlan:
 
 
 def topk_indices(case: Case, device: torch.device) -> Tensor:
-    """Return random keys of each query, int32 ``[batch, q_len, 1, top_k]``, ascending, then -1.
+    """Return random keys of each query, int32 ``[batch, q_len, kv_heads, top_k]``, then -1.
 
-    One key of each of ``top_k`` equal stretches of what the query sees; all of it where it sees
-    no more than ``top_k``.
+    Ascending: one key of each of ``top_k`` equal stretches of what the query sees; all of it where
+    it sees no more than ``top_k``.
     """
     generator = torch.Generator(device=device).manual_seed(SEED)
     batch, q_len, k_len, top_k = case["batch"], case.q_len, case.k_len, case["top_k"]
-    seen = torch.arange(k_len - q_len + 1, k_len + 1, device=device).view(1, -1, 1)
+    seen = torch.arange(k_len - q_len + 1, k_len + 1, device=device).view(1, -1, 1, 1)
     slots = torch.arange(top_k, device=device)
     start, stop = slots * seen // top_k, (slots + 1) * seen // top_k
-    share = torch.rand(batch, q_len, top_k, device=device, generator=generator, dtype=torch.double)
+    shape = (batch, q_len, case["kv_heads"], top_k)
+    share = torch.rand(shape, device=device, generator=generator, dtype=torch.double)
     # rand may round up to 1 after the product: the clamp keeps a key inside its stretch
     inside = torch.minimum(start + (share * (stop - start)).long(), stop - 1)
     few = torch.where(slots < seen, slots, -1)
-    return torch.where(seen > top_k, inside, few).to(torch.int32).unsqueeze(2)
+    return torch.where(seen > top_k, inside, few).to(torch.int32)
+
+
+def sequence_ends(case: Case) -> Tensor | None:
+    """Return where the sequences of a packed case meet, int32 ``[sequences + 1]``, on the CPU.
+
+    At random, from 0 to ``seq``: what the ops call ``cu_seqlens``. None for a case of one length.
+    """
+    sequences = case.get("sequences", 1)
+    if sequences == 1:
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    inner = _distinct((), case.k_len - 1, sequences - 1, generator) + 1
+    return torch.tensor([0, *inner.tolist(), case.k_len], dtype=torch.int32)
 
 
 def on_device(

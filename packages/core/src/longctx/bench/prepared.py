@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ __all__ = ["Prepared", "backward_call", "forward_call"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contestant's call on given inputs.
+    """A contestant's call on given inputs; calling it makes one call in its setting.
 
     Attributes
     ----------
@@ -24,18 +25,32 @@ class Prepared:
         What is timed: nothing but the call.
     outputs : callable
         Brings what ``run`` returned into longctx's layout, outside of the timing.
+    setting : callable
+        Returns a context that ``run`` needs around it, such as one that chooses a kernel: a
+        program enters it once, so that it is no part of what a call costs the host.
     """
 
     run: Callable[[], Any]
     outputs: Callable[[Any], Outputs]
+    setting: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __call__(self) -> Any:
+        """Return the result of one call."""
+        with self.setting():
+            return self.run()
 
 
 def forward_call(
-    run: Callable[[], Any], names: Sequence[str], *, heads_first: bool = False
+    run: Callable[[], Any],
+    names: Sequence[str],
+    *,
+    heads_first: bool = False,
+    setting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Prepared:
     """Return a call whose result is a tensor, or several, named in order.
 
-    ``heads_first`` results are ``[batch, heads, seq, dim]`` and are turned.
+    ``heads_first`` results are ``[batch, heads, seq, dim]`` and are turned; ``setting`` as in
+    `Prepared`.
     """
 
     def outputs(result: Any) -> Outputs:
@@ -43,7 +58,7 @@ def forward_call(
         turned = [p.transpose(1, 2) if heads_first else p for p in parts]
         return dict(zip(names, turned, strict=False))
 
-    return Prepared(run, outputs)
+    return Prepared(run, outputs, setting)
 
 
 def backward_call(

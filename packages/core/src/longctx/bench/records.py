@@ -54,7 +54,7 @@ class Row:
     ratios : dict of str to float
         Other contestant's time / this one's, paired by round: above 1 this one is faster.
     host_us : float or None
-        Microseconds that a call costs the host of a GPU.
+        Microseconds that a call costs the host of a GPU: the least of runs of calls in a row.
     error, allowed : float or None
         Largest error found, and what the data allow, relative to each row's maximum.
     """

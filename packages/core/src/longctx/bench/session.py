@@ -123,7 +123,7 @@ class Session:
         failure: _Failure | None = None
         try:
             prepared = contestant.prepare(case, inputs, bound=bound)
-            verdict = judge(prepared.outputs(prepared.run()), expectations)
+            verdict = judge(prepared.outputs(prepared()), expectations)
         except Exception as error:  # one contestant's failure is its own row's note
             failure = _failure_of(error)
         if failure is not None:
@@ -167,12 +167,11 @@ class Session:
             self._survives(name, case, found)
 
         self._say(f"{case.op} {case.name}: timing {', '.join(ready)}")
-        calls = {name: prepared.run for name, prepared in ready.items()}
-        times = in_turns(calls, self._clock, seconds=self._seconds, failed=failed)
-        host = {
-            name: self._clock.host_seconds(calls[name], statistics.median(taken))
-            for name, taken in times.items()
-        }
+        times = in_turns(ready, self._clock, seconds=self._seconds, failed=failed)
+        host: dict[str, float | None] = {}
+        for name, taken in times.items():
+            with ready[name].setting():
+                host[name] = self._clock.host_seconds(ready[name].run, statistics.median(taken))
         return times, host
 
     def _row(

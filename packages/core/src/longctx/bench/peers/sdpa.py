@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +68,13 @@ class Sdpa:
         }
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.name not in _KERNELS:
-                return F.scaled_dot_product_attention(q, k, v, **options)
-            with sdpa_kernel(_KERNELS[self.name]):
-                return F.scaled_dot_product_attention(q, k, v, **options)
+            return F.scaled_dot_product_attention(q, k, v, **options)
 
+        kernel = _KERNELS.get(self.name)
+        setting = nullcontext if kernel is None else functools.partial(sdpa_kernel, kernel)
         if case.backward:
             dout = inputs["dout"].transpose(1, 2)
-            return backward_call(attend, (q, k, v), dout, heads_first=True)
-        return forward_call(lambda: attend(q, k, v), ("out",), heads_first=True)
+            with setting():  # chooses the forward pass, which brings its own gradient
+                return backward_call(attend, (q, k, v), dout, heads_first=True)
+        call = functools.partial(attend, q, k, v)
+        return forward_call(call, ("out",), heads_first=True, setting=setting)

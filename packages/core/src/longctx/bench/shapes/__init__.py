@@ -1,11 +1,11 @@
-"""The standard shapes of every op, on a GPU and on a CPU."""
+"""The standard shapes of every op, on a GPU and on a CPU, and those of single calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from longctx.bench.case import Case
-from longctx.bench.shapes import cpu, dense, sparse
+from longctx.bench.shapes import calls, cpu, dense, sparse
 from longctx.errors import nearest_name
 from longctx.protocols.families import OPS
 
@@ -27,13 +27,14 @@ def standard_cases(
     ops : sequence of str
         Public op names.
     device : {"cpu", "cuda"}
-        A CPU gets grids that take seconds.
+        A CPU gets grids that take seconds; the small shapes of single calls are the same.
     backward : bool
         The backward shapes instead of the forward ones.
     dtype : str, optional
         Short name of the data type that replaces the cases' own.
     shapes : str
-        Words as `Case.matches` takes them. A shape that several grids have comes once.
+        Words as `Case.matches` takes them. A shape that several grids have comes once; the grid
+        of single calls, which tells nothing of an op's speed, only where the word is its name.
 
     Raises
     ------
@@ -41,6 +42,8 @@ def standard_cases(
         If an op or a dtype does not exist.
     """
     grids = (*dense.CASES, *sparse.CASES) if device == "cuda" else cpu.CASES
+    if calls.GRID in shapes.lower().split():
+        grids = calls.CASES
     found: dict[tuple[str, str], Case] = {}
     for op in ops:
         if op not in OPS:

@@ -25,13 +25,18 @@ from longctx.bench.workloads.workload import (
     sampled_attention,
     whole_result,
 )
-from longctx.plans import TopKPlan
+from longctx.plans import HeadAxis, TopKPlan
 from longctx.reference import dsa as reference
 
 __all__ = ["WORKLOADS"]
 
 MLA_SCALE = 192**-0.5
 """Of absorbed MLA: that of its keys before absorption, not of 576 channels."""
+
+
+def _is_absorbed(case: Case) -> bool:
+    """Return whether the values are the keys' first channels, as in absorbed MLA."""
+    return case.get("value_dim", case["head_dim"]) < case["head_dim"]
 
 
 def _quantize_inputs(case: Case, device: torch.device) -> Inputs:
@@ -165,27 +170,34 @@ def _select_sample(case: Case, inputs: Inputs) -> list[Expectation]:
 
 
 def _topk_inputs(case: Case, device: torch.device) -> Inputs:
-    """Return queries, latent keys whose first channels are the values, and random sets of keys."""
+    """Return queries, keys, values (of absorbed MLA the keys' first channels) and random sets.
+
+    One set for all heads, or one a KV head where there are several.
+    """
     generator, dtype = generator_on(device), dtype_of(case)
     batch, dim = case["batch"], case["head_dim"]
-    k = normal(generator, dtype, batch, case.k_len, case["kv_heads"], dim)
-    return {
-        "q": normal(generator, dtype, batch, case.q_len, case["q_heads"], dim),
-        "k": k,
-        "v": k[..., : case["value_dim"]],
-        "plan": TopKPlan(topk_indices(case, device)),
-    }
+    rows = (batch, case.k_len, case["kv_heads"])
+    k = normal(generator, dtype, *rows, dim)
+    q = normal(generator, dtype, batch, case.q_len, case["q_heads"], dim)
+    v = k[..., : case["value_dim"]] if _is_absorbed(case) else normal(generator, dtype, *rows, dim)
+    axis: HeadAxis = "shared" if case["kv_heads"] == 1 else "kv"
+    return {"q": q, "k": k, "v": v, "plan": TopKPlan(topk_indices(case, device), axis)}
+
+
+def _topk_options(case: Case) -> dict[str, Any]:
+    return {"scale": MLA_SCALE} if _is_absorbed(case) else {}
 
 
 def _topk_prepare(case: Case, inputs: Inputs, function: Callable[..., Any]) -> Prepared:
     tensors = [inputs[name] for name in ("q", "k", "v", "plan")]
-    return forward_call(lambda: function(*tensors, scale=MLA_SCALE), ("out",))
+    options = _topk_options(case)
+    return forward_call(lambda: function(*tensors, **options), ("out",))
 
 
 def _topk_whole(case: Case, inputs: Inputs) -> list[Expectation]:
     def attend(cast: Inputs) -> tuple[Tensor, Tensor]:
         tensors = [cast[name] for name in ("q", "k", "v", "plan")]
-        return reference.topk_attention(*tensors, scale=MLA_SCALE)
+        return reference.topk_attention(*tensors, **_topk_options(case))
 
     return whole_result(case, inputs, ("out",), attend)
 
@@ -193,14 +205,16 @@ def _topk_whole(case: Case, inputs: Inputs) -> list[Expectation]:
 def _topk_sample(case: Case, inputs: Inputs) -> list[Expectation]:
     k, v, indices = inputs["k"], inputs["v"], inputs["plan"].indices
 
-    def keep(b: int, _h: int, rows: Tensor) -> Tensor:
-        chosen = indices[b, rows, 0].long()
+    group = case["q_heads"] // case["kv_heads"]
+
+    def keep(b: int, h: int, rows: Tensor) -> Tensor:
+        chosen = indices[b, rows, h // group].long()
         member = torch.zeros(len(rows), case.k_len + 1, dtype=torch.bool, device=k.device)
         member.scatter_(1, chosen.where(chosen >= 0, case.k_len), True)
         return member[:, :-1]
 
     return sampled_attention(
-        case, inputs["q"], lambda b, h: (k[b, :, h], v[b, :, h]), keep, scale=MLA_SCALE
+        case, inputs["q"], lambda b, h: (k[b, :, h], v[b, :, h]), keep, **_topk_options(case)
     )
 
 

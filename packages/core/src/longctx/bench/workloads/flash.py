@@ -1,4 +1,4 @@
-"""flash_attention: forward and backward, dense and windowed."""
+"""flash_attention: forward and backward, dense and windowed, also of packed sequences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from longctx.bench.case import Case
 from longctx.bench.checking import Expectation, Outputs, rounding_of
 from longctx.bench.exact import attention_gradients, dense_keep, sampled
+from longctx.bench.plans import sequence_ends
 from longctx.bench.prepared import Prepared, backward_call, forward_call
 from longctx.bench.workloads.workload import (
     EXACT,
@@ -41,13 +42,22 @@ def attention_inputs(case: Case, device: torch.device) -> Inputs:
     return {name: normal(generator, dtype, *rows, heads, dim) for name, heads in names.items()}
 
 
-def _options(case: Case) -> dict[str, Any]:
+def _inputs(case: Case, device: torch.device) -> Inputs:
+    ends = sequence_ends(case)
+    packed = {} if ends is None else {"cu_seqlens_q": ends.to(device)}
+    return attention_inputs(case, device) | packed
+
+
+def _options(case: Case, inputs: Inputs) -> dict[str, Any]:
     window = None if case.window is None else (case.window, 0)
-    return {"causal": case.causal, "window": window}
+    options = {"causal": case.causal, "window": window}
+    if "cu_seqlens_q" in inputs:
+        options["cu_seqlens_q"] = inputs["cu_seqlens_q"]
+    return options
 
 
 def _prepare(case: Case, inputs: Inputs, function: Callable[..., Any]) -> Prepared:
-    options = _options(case)
+    options = _options(case, inputs)
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     if case.backward:
 
@@ -64,7 +74,7 @@ def _whole(case: Case, inputs: Inputs) -> list[Expectation]:
         return whole_result(case, inputs, ("dq", "dk", "dv"), lambda cast: _gradients(case, cast))
 
     def forward(cast: Inputs) -> tuple[Tensor, Tensor]:
-        return reference.flash_attention(cast["q"], cast["k"], cast["v"], **_options(case))
+        return reference.flash_attention(cast["q"], cast["k"], cast["v"], **_options(case, cast))
 
     return whole_result(case, inputs, ("out",), forward, dtype=attention_output(dtype_of(case)))
 
@@ -72,7 +82,7 @@ def _whole(case: Case, inputs: Inputs) -> list[Expectation]:
 def _gradients(case: Case, cast: Inputs) -> tuple[Tensor, ...]:
     leaves = [cast[name].detach().requires_grad_() for name in "qkv"]
     with torch.enable_grad():
-        out, _ = reference.flash_attention(*leaves, **_options(case))
+        out, _ = reference.flash_attention(*leaves, **_options(case, cast))
         return torch.autograd.grad(out, leaves, cast["dout"])
 
 
@@ -80,7 +90,12 @@ def _sample(case: Case, inputs: Inputs) -> list[Expectation]:
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
 
     def keep(rows: Tensor) -> Tensor:
-        return dense_keep(rows, case.q_len, case.k_len, causal=case.causal, window=case.window)
+        seen = dense_keep(rows, case.q_len, case.k_len, causal=case.causal, window=case.window)
+        if "cu_seqlens_q" in inputs:
+            tokens = torch.arange(case.k_len, dtype=torch.int32, device=rows.device)
+            sequence = torch.searchsorted(inputs["cu_seqlens_q"], tokens, right=True)
+            seen &= sequence[rows].unsqueeze(1) == sequence
+        return seen
 
     if case.backward:
         return _sampled_gradients(case, inputs, keep)
@@ -123,5 +138,5 @@ def _reduced(case: Case) -> Case:
     return smaller if case.window is None else replace(smaller, window=min(case.window, 65))
 
 
-WORKLOADS = {"flash_attention": Workload(attention_inputs, _prepare, _whole, _sample, _reduced)}
+WORKLOADS = {"flash_attention": Workload(_inputs, _prepare, _whole, _sample, _reduced)}
 """The family's ops."""
