@@ -140,35 +140,45 @@ def test_other_head_sizes_and_scales_run_portably(hopper):
     assert hopper.launches == 0
 
 
-def tables_of(plan, k_len, device):
-    """Run the kernel that makes bitmaps and lists."""
+def tables_of(plan, k, v, device):
+    """Run the kernel that makes bitmaps, lists and the columns' copies."""
+    batch, k_len, kv_heads, dim = k.shape
     groups, sets = -(-k_len // TILE) + 1, plan.vertical.shape[1]
     n_vertical, n_slash = plan.vertical.shape[2], plan.slash.shape[2]
-    number, words = plan.vertical.shape[0] * sets, 4 * (groups + 1)
-    capacity = max(1, min(n_vertical, k_len))
-    tensors = [
-        t.to(device) for t in (plan.vertical, plan.vertical_counts, plan.slash, plan.slash_counts)
+    copies, words = max(sets, kv_heads), 4 * (groups + 1)
+    number, capacity = batch * copies, max(1, min(n_vertical, k_len))
+    vertical, vertical_counts, slash, slash_counts, k, v = tensors = [
+        t.to(device)
+        for t in (plan.vertical, plan.vertical_counts, plan.slash, plan.slash_counts, k, v)
     ]
     tables = torch.full((number, 2, words, 2), 77, dtype=torch.int32, device=device)
     lists = torch.full((number, capacity + 6 * groups), -7, dtype=torch.int32, device=device)
-    vertical, vertical_counts, slash, slash_counts = tensors
-    launch.stripe_lists_kernel[(number,)](
-        tables, lists, *tensors, *vertical.stride()[:2], vertical_counts.stride(0),
+    columns = torch.full(
+        (2, batch, copies, capacity, dim), torch.nan, dtype=k.dtype, device=device
+    )
+    launch.stripe_tables_kernel[(number,)](
+        tables, lists, columns, *tensors, *vertical.stride()[:2], vertical_counts.stride(0),
         *slash.stride()[:2], slash_counts.stride(0),
-        sets, k_len, groups, n_vertical, n_slash, capacity, lists.shape[1],
-        ENTRIES=launch.ENTRIES, CHUNK=launch.CHUNK, num_warps=8,
+        *(stride // 8 for t in (k, v) for stride in t.stride()[:3]),
+        copies, copies // sets, copies // kv_heads, k_len, groups, n_vertical, n_slash,
+        capacity, lists.shape[1],
+        D=dim, ENTRIES=launch.ENTRIES, CHUNK=launch.CHUNK, ROWS=launch.COPIED, num_warps=8,
     )  # fmt: skip
-    return tables.cpu(), lists.cpu(), groups, capacity
+    return tables.cpu(), lists.cpu(), columns.cpu(), groups, capacity
 
 
 @pytest.mark.parametrize("case", [*CASES, ("kv", 9, 9001, 1500, [*range(3000, 4500)], 2, 2)])
 def test_tables_hold_the_plan(device, case):
     axis, _, k_len, n_vertical, slash, q_heads, kv_heads = case
     plan = stripe_plan(axis, k_len, n_vertical, slash, q_heads, kv_heads)
-    tables, lists, groups, capacity = tables_of(plan, k_len, device)
+    batch, sets = plan.vertical.shape[:2]
+    copies = max(sets, kv_heads)
+    k, v = (torch.randn(batch, k_len, kv_heads, 64).half() for _ in range(2))
+    tables, lists, copied, groups, capacity = tables_of(plan, k, v, device)
     # the last row of the mask holds all columns and all distances
     for number, (table, row) in enumerate(zip(tables, lists, strict=True)):
-        place = divmod(number, plan.vertical.shape[1])
+        i_b, i_c = divmod(number, copies)
+        place = i_b, i_c // (copies // sets)
         kept = []
         for indices, counts in (
             (plan.vertical, plan.vertical_counts), (plan.slash, plan.slash_counts)
@@ -186,6 +196,11 @@ def test_tables_hold_the_plan(device, case):
         places, rest = row[:capacity].tolist(), row[capacity:].view(6, groups).tolist()
         below, part, part_ranks, whole, whole_ranks, listed = rest
         assert places[: len(columns)] == sorted(columns)
+        tile = min(-(-len(columns) // TILE) * TILE, capacity)  # zeros in the rest of the last one
+        for tensor, copy in zip((k, v), copied, strict=True):
+            rows = tensor[i_b, sorted(columns), i_c // (copies // kv_heads)]
+            assert torch.equal(copy[i_b, i_c, : len(columns)], rows)
+            assert not copy[i_b, i_c, len(columns) : tile].any()
         assert below == [sum(n < TILE * g for n in columns) for g in range(groups)]
         sizes = [
             len(distances & set(range(TILE * (m - 1) + 1, TILE * (m + 1)))) for m in range(groups)

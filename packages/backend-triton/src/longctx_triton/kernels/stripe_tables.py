@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["gather_columns_kernel", "stripe_lists_kernel"]
+__all__ = ["stripe_tables_kernel"]
 
 
 @triton.jit
@@ -34,65 +34,9 @@ def _bits(p_table, o_w, o_t, mask):
     return (b_word >> (o_t % 32)) & 1
 
 
-@triton.jit(
-    do_not_specialize=[
-        "s_vb", "s_vh", "s_cb", "s_sb", "s_sh", "s_db", "sets_a_batch", "k_len", "groups",
-        "n_vertical", "n_slash", "capacity", "s_list",
-    ]
-)  # fmt: skip
-def stripe_lists_kernel(
-    tables,  # int32 [sets, 2, 4 (groups + 1), 2]
-    lists,  # int32 [sets, s_list]: see below
-    vertical,  # int32 [B, Hx, V]
-    vertical_counts,  # int32 [B, Hx]
-    slash,
-    slash_counts,
-    s_vb,
-    s_vh,
-    s_cb,
-    s_sb,
-    s_sh,
-    s_db,
-    sets_a_batch,
-    k_len,
-    groups,  # cdiv(k_len, 128) + 1
-    n_vertical,
-    n_slash,
-    capacity,
-    s_list,
-    ENTRIES: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Grid ``(sets,)``: both bitmaps, and what they hold as lists.
-
-    ``tables`` are 64 bits from each 32nd place of both bitmaps on: column ``n`` is at place
-    ``n + 128`` of the first one, distance ``d`` at place ``128 groups - d`` of the second.
-
-    A row of ``lists`` holds the columns [capacity], in ascending order like all lists; how many of
-    them lie below ``128 g`` [groups]; the bands kept in part [groups] and how many of them are at
-    most ``m`` [groups]; the bands kept whole and how many of those; and whether tiles walk band
-    ``m`` [groups]. All walk band 0, which no list holds.
-    """
-    i_s = tl.program_id(0).to(tl.int64)
-    i_b = i_s // sets_a_batch
-    i_x = i_s % sets_a_batch
-    words = 4 * (groups + 1)
-    p_column = tables + i_s * 4 * words
-    p_distance = p_column + 2 * words
-    for i in range(0, 4 * words, ENTRIES):
-        o_i = i + tl.arange(0, ENTRIES)
-        tl.store(p_column + o_i, tl.zeros([ENTRIES], tl.int32), mask=o_i < 4 * words)
-    # other threads of the program set bits of these words, and then read them
-    tl.debug_barrier()
-    count = tl.minimum(tl.load(vertical_counts + i_b * s_cb + i_x), n_vertical)
-    p_index = vertical + i_b * s_vb + i_x * s_vh
-    _set_bits(p_column, p_index, count, 128, 1, k_len, ENTRIES)
-    count = tl.minimum(tl.load(slash_counts + i_b * s_db + i_x), n_slash)
-    p_index = slash + i_b * s_sb + i_x * s_sh
-    _set_bits(p_distance, p_index, count, 128 * groups, -1, k_len, ENTRIES)
-    tl.debug_barrier()
-
-    p_columns = lists + i_s * s_list
+@triton.jit
+def _list(p_column, p_distance, p_columns, groups, capacity, CHUNK: tl.constexpr):
+    """Write a row of lists from two bitmaps; return the number of columns."""
     p_below = p_columns + capacity
     p_part = p_below + groups
     p_part_ranks = p_part + groups
@@ -132,19 +76,51 @@ def stripe_lists_kernel(
         tl.store(p_listed + o_g, ((b_kept > 0) | (o_g == 0)).to(tl.int32), mask=m_g)
         part += tl.sum(b_part)
         whole += tl.sum(b_whole)
+    return columns
+
+
+@triton.jit
+def _copy_columns(
+    p_k, p_v, s_kn, s_vn, p_columns, p_copy, s_copy, count, capacity,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Copy the keys and values of listed columns; zeros after the last up to a whole tile."""
+    o_d = tl.arange(0, D)[None, :]
+    for i in range(0, tl.minimum(tl.cdiv(count, 128) * 128, capacity), ROWS):
+        o_r = i + tl.arange(0, ROWS)
+        m_r = (o_r < capacity)[:, None]
+        m_c = o_r < tl.minimum(count, capacity)
+        o_n = tl.load(p_columns + o_r, mask=m_c, other=0).to(tl.int64)
+        b_k = tl.load(p_k + (o_n * s_kn)[:, None] + o_d, mask=m_c[:, None], other=0.0)
+        b_v = tl.load(p_v + (o_n * s_vn)[:, None] + o_d, mask=m_c[:, None], other=0.0)
+        o_out = o_r.to(tl.int64)[:, None] * D + o_d
+        tl.store(p_copy + o_out, b_k, mask=m_r)
+        tl.store(p_copy + s_copy + o_out, b_v, mask=m_r)
 
 
 @triton.jit(
     do_not_specialize=[
-        "s_kb", "s_kn", "s_kh", "s_vb", "s_vn", "s_vh", "copies", "copies_a_head", "sets",
-        "copies_a_set", "groups", "capacity", "s_list",
+        "s_vertical_b", "s_vertical_h", "s_vertical_counts", "s_slash_b", "s_slash_h",
+        "s_slash_counts", "s_kb", "s_kn", "s_kh", "s_vb", "s_vn", "s_vh", "copies", "copies_a_set",
+        "copies_a_head", "k_len", "groups", "n_vertical", "n_slash", "capacity", "s_list",
     ]
 )  # fmt: skip
-def gather_columns_kernel(
+def stripe_tables_kernel(
+    tables,  # int32 [B * copies, 2, 4 (groups + 1), 2]
+    lists,  # int32 [B * copies, s_list]: see below
+    columns,  # [2, B * copies, capacity, D]: keys and values
+    vertical,  # int32 [B, Hx, V]
+    vertical_counts,  # int32 [B, Hx]
+    slash,
+    slash_counts,
     k,
     v,
-    columns,  # [2, B, copies, capacity, D], contiguous
-    lists,
+    s_vertical_b,
+    s_vertical_h,
+    s_vertical_counts,
+    s_slash_b,
+    s_slash_h,
+    s_slash_counts,
     s_kb,  # strides of keys and values in eights, which makes rows whole words of 16 bytes
     s_kn,
     s_kh,
@@ -152,30 +128,55 @@ def gather_columns_kernel(
     s_vn,
     s_vh,
     copies,
-    copies_a_head,
-    sets,  # of a batch entry
     copies_a_set,
-    groups,
+    copies_a_head,
+    k_len,
+    groups,  # cdiv(k_len, 128) + 1
+    n_vertical,
+    n_slash,
     capacity,
     s_list,
     D: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid ``(B * copies, cdiv(capacity, ROWS))``: the columns' keys and values; zeros behind."""
-    i_b = (tl.program_id(0) // copies).to(tl.int64)
-    i_c = (tl.program_id(0) % copies).to(tl.int64)
-    p_list = lists + (i_b * sets + i_c // copies_a_set) * s_list
-    count = tl.load(p_list + capacity + groups - 1)
-    o_r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    m_r = o_r < capacity
-    m_c = (o_r < count) & m_r
-    o_n = tl.load(p_list + o_r, mask=m_c, other=0).to(tl.int64)
-    o_d = tl.arange(0, D)[None, :]
-    p_k = k + (i_b * s_kb + i_c // copies_a_head * s_kh) * 8
-    p_v = v + (i_b * s_vb + i_c // copies_a_head * s_vh) * 8
-    o_out = (tl.program_id(0).to(tl.int64) * capacity + o_r)[:, None] * D + o_d
-    s_out = tl.num_programs(0).to(tl.int64) * capacity * D
-    b_k = tl.load(p_k + (o_n * s_kn * 8)[:, None] + o_d, mask=m_c[:, None], other=0.0)
-    b_v = tl.load(p_v + (o_n * s_vn * 8)[:, None] + o_d, mask=m_c[:, None], other=0.0)
-    tl.store(columns + o_out, b_k, mask=m_r[:, None])
-    tl.store(columns + s_out + o_out, b_v, mask=m_r[:, None])
+    """Grid ``(B * copies,)``, one for each set and each KV head: bitmaps, lists, columns.
+
+    ``tables`` are 64 bits from each 32nd place of both bitmaps on: column ``n`` is at place
+    ``n + 128`` of the first one, distance ``d`` at place ``128 groups - d`` of the second.
+
+    A row of ``lists`` holds the columns [capacity], in ascending order like all lists; how many of
+    them lie below ``128 g`` [groups]; the bands kept in part [groups] and how many of them are at
+    most ``m`` [groups]; the bands kept whole and how many of those; and whether tiles walk band
+    ``m`` [groups]. All walk band 0, which no list holds.
+    """
+    i_s = tl.program_id(0).to(tl.int64)
+    i_b = i_s // copies
+    i_c = i_s % copies
+    i_x = i_c // copies_a_set
+    words = 4 * (groups + 1)
+    p_column = tables + i_s * 4 * words
+    p_distance = p_column + 2 * words
+    for i in range(0, 4 * words, ENTRIES):
+        o_i = i + tl.arange(0, ENTRIES)
+        tl.store(p_column + o_i, tl.zeros([ENTRIES], tl.int32), mask=o_i < 4 * words)
+    # other threads of the program set bits of these words, and then read them
+    tl.debug_barrier()
+    count = tl.minimum(tl.load(vertical_counts + i_b * s_vertical_counts + i_x), n_vertical)
+    p_index = vertical + i_b * s_vertical_b + i_x * s_vertical_h
+    _set_bits(p_column, p_index, count, 128, 1, k_len, ENTRIES)
+    count = tl.minimum(tl.load(slash_counts + i_b * s_slash_counts + i_x), n_slash)
+    p_index = slash + i_b * s_slash_b + i_x * s_slash_h
+    _set_bits(p_distance, p_index, count, 128 * groups, -1, k_len, ENTRIES)
+    tl.debug_barrier()
+
+    p_columns = lists + i_s * s_list
+    count = _list(p_column, p_distance, p_columns, groups, capacity, CHUNK)
+    tl.debug_barrier()
+    i_h = i_c // copies_a_head
+    s_copy = tl.num_programs(0).to(tl.int64) * capacity * D
+    _copy_columns(
+        k + (i_b * s_kb + i_h * s_kh) * 8, v + (i_b * s_vb + i_h * s_vh) * 8, s_kn * 8, s_vn * 8,
+        p_columns, columns + i_s * capacity * D, s_copy, count, capacity, D, ROWS,
+    )  # fmt: skip

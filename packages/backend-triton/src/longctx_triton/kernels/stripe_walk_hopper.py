@@ -49,7 +49,7 @@ def _set_of(i_b, i_h, plan):
 def _walk(i_b, i_h, p0, plan):
     """Return a tile's lists and ``(bands in part, whole bands, those that begin before key 0)``.
 
-    Also how many columns lie before the tile. See `stripe_tables.stripe_lists_kernel`.
+    Also how many columns lie before the tile. See `stripe_tables.stripe_tables_kernel`.
     """
     lists, _, _, _, groups, capacity, s_list = plan
     p_list = lists + _set_of(i_b, i_h, plan) * s_list

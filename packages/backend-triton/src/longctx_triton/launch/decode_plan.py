@@ -173,6 +173,6 @@ def _tiles(
     if not device.large_shared:
         stages = 2
     if deep and not paged and widest == 128:
-        return _Tiles(block_m, 128, block_d, block_v, 8, 4, 1)
+        return _Tiles(block_m, 128, block_d, block_v, 4, 3, 1)
     num_warps = 8 if block_m == 128 or (block_m == 64 and widest == 256) else 4
     return _Tiles(block_m, block_n, block_d, block_v, num_warps, stages, 2)

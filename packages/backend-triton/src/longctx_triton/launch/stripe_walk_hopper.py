@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx_triton.kernels.flash_hopper import ROWS
-from longctx_triton.kernels.stripe_tables import gather_columns_kernel, stripe_lists_kernel
+from longctx_triton.kernels.stripe_tables import stripe_tables_kernel
 from longctx_triton.kernels.stripe_walk_hopper import stripe_walk_hopper_kernel
 from longctx_triton.launch.device import Device
 from longctx_triton.launch.flash_hopper import even, rows_block
@@ -24,11 +24,11 @@ __all__ = ["StripeWalkTiles", "stripe_walk_forward", "stripe_walk_tiles"]
 _HALF = (torch.bfloat16, torch.float16)
 _TILE = 2 * ROWS
 ENTRIES = 1024
-"""Stripes that the lists take at a time."""
+"""Stripes that the tables take at a time."""
 CHUNK = 32
 """Groups of 128 keys that they take at a time."""
-GATHERED = 64
-"""Columns that a program copies."""
+COPIED = 256
+"""Columns that they copy at a time."""
 MOST_COPIED = 8 << 20
 """Bytes of columns that are copied to memory that is kept; more of them are allocated."""
 
@@ -60,8 +60,8 @@ class _Plan(NamedTuple):
     Attributes
     ----------
     launches : Launches
-        Of the kernels that make the bitmaps and lists, the columns' copies, and the result: of q,
-        k, v, the stripes, the results, and what the kernels keep between them.
+        Of the kernels that make the tables and the result: of q, k, v, the stripes, the results,
+        and what the kernels keep between them.
     memory : Pieces
         Of the bitmaps, as numbers of 32 and of 64 bits, of the lists, and of the columns if they
         are few.
@@ -111,7 +111,7 @@ def stripe_walk_forward(
     kept = scratch(q, plan.memory)
     if plan.columns:
         kept = (*kept, q.new_empty(plan.columns))
-    kernels = (stripe_lists_kernel, gather_columns_kernel, stripe_walk_hopper_kernel)
+    kernels = (stripe_tables_kernel, stripe_walk_hopper_kernel)
     plan.launches(
         kernels, q, k, v, vertical, vertical_counts, slash, slash_counts, out, lse, *kept
     )
@@ -160,21 +160,19 @@ def _plan(
     columns = (2 * batch, capacity, copies, head_dim)
     column_strides = (copies * capacity * head_dim, head_dim, capacity * head_dim, 1)
     eights = [stride // 8 for stride in (*k_strides[:3], *v_strides[:3])]
-    lists = Prepared(
-        (batch * sets,),
+    tables = Prepared(
+        (batch * copies,),
         (*vertical_strides[:2], vertical_count_stride, *slash_strides[:2], slash_count_stride,
-         sets, k_len, groups, n_vertical, n_slash, capacity, s_list),
-        {"ENTRIES": ENTRIES, "CHUNK": CHUNK, "num_warps": 8},
-    )  # fmt: skip
-    gather = Prepared(
-        (batch * copies, -(-capacity // GATHERED)),
-        (*eights, copies, copies // kv_heads, sets, copies // sets, groups, capacity, s_list),
-        {"D": head_dim, "ROWS": GATHERED, "num_warps": 4},
+         *eights, copies, copies // sets, copies // kv_heads, k_len, groups, n_vertical, n_slash,
+         capacity, s_list),
+        {
+            "D": head_dim, "ENTRIES": ENTRIES, "CHUNK": CHUNK, "ROWS": COPIED, "num_warps": 8,
+        },
     )  # fmt: skip
     attend = Prepared(
         (min(tiles * units, device.processors),),
         (scale, tiles, units, section, q_heads, group, q_heads // copies, batch, q_len, k_len,
-         sets, q_heads // sets, groups, capacity, s_list),
+         copies, q_heads // copies, groups, capacity, s_list),
         {
             "HEAD_DIM": head_dim, "STAGES": sizes.stages,
             "REGISTERS": sizes.registers, "num_warps": 4,
@@ -188,18 +186,17 @@ def _plan(
         ),
     )  # fmt: skip
     memory: Pieces = (
-        (batch * sets * 4 * words, torch.int32, torch.int64),
-        (batch * sets * s_list, torch.int32),
+        (batch * copies * 4 * words, torch.int32, torch.int64),
+        (batch * copies * s_list, torch.int32),
     )
     copied = math.prod(columns)
     few = copied * dtype.itemsize <= MOST_COPIED
     if few:
         memory = (*memory, (copied, dtype))
-    tables, wide, listed, gathered = range(9, 13)
+    bits, wide, listed, copied_to = range(9, 13)
     launches = Launches(
-        (lists, (tables, listed, 3, 4, 5, 6)),
-        (gather, (1, 2, gathered, listed)),
-        (attend, (0, 1, 2, 7, gathered, 8, listed, wide)),
+        (tables, (bits, listed, copied_to, 3, 4, 5, 6, 1, 2)),
+        (attend, (0, 1, 2, 7, copied_to, 8, listed, wide)),
         given=7,
     )
     return _Plan(launches, memory, 0 if few else copied)
