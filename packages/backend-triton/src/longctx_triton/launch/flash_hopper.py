@@ -16,6 +16,7 @@ from longctx_triton.launch.device import Device
 from longctx_triton.launch.prepared import Block, Launches, Prepared
 from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.sizes import heads_in_cache
+from longctx_triton.launch.tile_order import causal_section
 from longctx_triton.launch.tuning import tuned
 from longctx_triton.launch.widen import widening
 
@@ -173,6 +174,8 @@ def _plan(
     # query heads whose keys and values fit the cache go together
     fitting = heads_in_cache(device.l2, k_shape[1], 2 * head_dim * dtype.itemsize)
     section = min(units, group * fitting)
+    if right == 0:
+        section = causal_section(count, units, group, fitting, device.processors)
     given = v_strides
     if fp8:  # the values are a contiguous copy
         v_strides = (k_shape[1] * k_shape[2] * head_dim, k_shape[2] * head_dim, head_dim, 1)

@@ -23,6 +23,8 @@ __all__ = ["WalkTiles", "block_list_forward", "key_range_forward", "walk_tiles"]
 _HALF = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
 _TILE = 2 * ROWS
+LONG = 4
+"""Times two windows: in longer sequences, heads go together whose windows fit the cache."""
 
 
 class WalkTiles(NamedTuple):
@@ -193,12 +195,16 @@ def _range_plan(
         origin = (k_len - q_len) // span * span
         first_tile = (k_len - q_len - origin) // _TILE
         tiles = -(-(k_len - origin) // _TILE) - first_tile
+    # tiles at work have windows side by side
+    keys = 2 * (window + anchor)
+    if block is not None or head_windows or LONG * keys > k_len:
+        keys = 0
     return _plan(
         q_shape, q_strides, k_shape, k_strides, v_strides, scale, device, tiles, 1, sizes,
         (origin, first_tile, span, tiles_a_block, min(anchor, span if block else k_len),
          min(window, k_len), min(last_queries, q_len), 1, 1, 1),
         from_list=False, causal=True, by_block=block is not None,
-        head_windows=head_windows, sinks=sinks,
+        head_windows=head_windows, sinks=sinks, keys=keys,
     )  # fmt: skip
 
 
@@ -298,11 +304,13 @@ def _plan(
     by_block: bool,
     head_windows: bool,
     sinks: bool,
+    keys: int = 0,
 ) -> Prepared:
+    """Return the launch; ``keys`` of a head are all that the cache should hold, 0 for all."""
     batch, q_len, q_heads, head_dim = q_shape
     units, group = batch * q_heads // heads, q_heads // k_shape[2]
     # query heads whose keys and values fit the cache go together
-    fitting = heads_in_cache(device.l2, k_shape[1], 4 * head_dim)
+    fitting = heads_in_cache(device.l2, keys or k_shape[1], 4 * head_dim)
     section = min(batch * q_heads, group * fitting) // heads
     out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
     return Prepared(
