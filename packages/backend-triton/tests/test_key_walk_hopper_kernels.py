@@ -122,10 +122,13 @@ def test_windows(hopper, stages, q_len, k_len, window, sinks, last):
     assert hopper.launches == 2
 
 
+@pytest.mark.parametrize(
+    ("q_len", "k_len"), [(200, 333), (200, 150)], ids=["", "rows without keys"]
+)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_flash_with_a_window(hopper, stages, sinks):
-    q, k, v = inputs(200, 333, 4, 2, batch=2)
-    logits = torch.randn(4) if sinks else None
+def test_flash_with_a_window(hopper, stages, sinks, q_len, k_len):
+    q, k, v = inputs(q_len, k_len, 4, 2, batch=2)
+    logits = torch.tensor([-3.0, 0.5, 5.0, -torch.inf]) if sinks else None
     none = dict.fromkeys(
         ("window_right", "cu_seqlens_q", "cu_seqlens_k", "q_descale", "k_descale", "v_descale")
     )

@@ -63,8 +63,10 @@ def denominator(b_m, b_l, sinks, i_h, rows: gl.constexpr, HAS_SINKS: gl.constexp
     if HAS_SINKS:
         sink = gl.load(sinks + i_h) * _LOG2E
         b_top = gl.maximum(b_m, sink)
-        b_fade = gl.exp2(b_m - b_top)
-        b_l = b_l * b_fade + gl.exp2(sink - b_top)
+        # without a key, and with a sink of -inf: -inf less -inf would be NaN
+        b_shift = gl.where(b_top == float("-inf"), 0.0, b_top)
+        b_fade = gl.exp2(b_m - b_shift)
+        b_l = b_l * b_fade + gl.exp2(sink - b_shift)
         b_m = b_top
     return b_m, b_l, b_fade
 

@@ -46,5 +46,6 @@ def merge_pair(
 def add_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Add logits ``[Hq]`` to the denominator: scale ``out`` in place, return the new lse."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
-    out.mul_(torch.exp(lse - total).transpose(1, 2).unsqueeze(-1))
+    share = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))
+    out.mul_(share.transpose(1, 2).unsqueeze(-1))
     return total

@@ -316,6 +316,19 @@ class TestFlashAttention:
         assert (out[:, :64] == 0).all()
         assert lse.isfinite().all()
 
+    @pytest.mark.parametrize("window", [None, (30, 0)])
+    def test_a_sink_of_minus_infinity_is_none(
+        self, subject: Subject, window: tuple[int, int] | None
+    ) -> None:
+        subject.require("sinks", *(("window",) if window else ()))
+        subject.require_length(129)
+        sinks = subject.randn(4, dtype=torch.float32)
+        sinks[1::2] = -torch.inf
+        q, k, v = subject.qkv(1, 129, 65)
+        out, lse = check_flash(subject, q, k, v, causal=True, window=window, sinks=sinks)
+        assert (out[:, :64] == 0).all()
+        assert (lse[:, 1::2, :64] == -torch.inf).all()
+
     @pytest.mark.parametrize(("batch", "q_len"), [(0, 5), (2, 0)])
     def test_no_queries(self, subject: Subject, batch: int, q_len: int) -> None:
         subject.require()
