@@ -242,6 +242,12 @@ INDICES, COUNTS = sets_of(1, 1)
         ),
         (lambda: TopKPlan(INDICES), ValueError, "batch, q_len, heads, k"),
         (lambda: TopKPlan(INDICES.unsqueeze(3), page_size=0), ValueError, "at least 1"),
+        (lambda: TopKPlan([[[[0]]]]), TypeError, "indices must be an int32 tensor, got list"),
+        (
+            lambda: BlockPlan(None, INDICES, 2, 2, "shared"),
+            TypeError,
+            "counts must be an int32 tensor, got NoneType",
+        ),
     ],
 )
 def test_malformed_plans(build, error, message):

@@ -63,7 +63,7 @@ def _cost(section: int, tiles: int, units: int, fitting: int, programs: int) -> 
     """Return what the program with the most work costs, in what all have on average."""
     total = tiles * units
     rounds = min(-(-total // programs), MOST_ROUNDS)
-    index = torch.arange(rounds * programs).view(rounds, programs)
+    index = torch.arange(rounds * programs, device="cpu").view(rounds, programs)
     index[1::2] = index[1::2].flip(1)
     first = index // (section * tiles) * section
     inside = index - first * tiles

@@ -78,8 +78,13 @@ def check_batch(plan: str, size: int, batch: int) -> None:
 
 
 def check_int32(plan: str, **tensors: Tensor) -> None:
-    """Raise unless every named tensor is int32."""
+    """Raise unless every named argument is a tensor of int32."""
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{plan}.{name} must be an int32 tensor, got {type(tensor).__name__}: use "
+                "torch.tensor(..., dtype=torch.int32)"
+            )
         if tensor.dtype != torch.int32:
             raise TypeError(
                 f"{plan}.{name} must be int32, got {tensor.dtype}: use .to(torch.int32)"

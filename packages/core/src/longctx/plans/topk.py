@@ -40,9 +40,10 @@ class TopKPlan:
 
     def __post_init__(self) -> None:
         indices = self.indices
-        if indices.dtype == torch.int32 and indices.ndim == 4 and self.page_size >= 1:
+        # a quick look; what does not fit is found one by one
+        tensor = isinstance(indices, Tensor) and indices.dtype == torch.int32
+        if tensor and indices.ndim == 4 and self.page_size >= 1:
             return
-        # what does not fit is looked for one by one
         check_int32("TopKPlan", indices=self.indices)
         check_rank("TopKPlan", "indices", self.indices, "batch, q_len, heads, k")
         if self.page_size < 1:
