@@ -22,6 +22,7 @@ from longctx_triton import token_sparse
 from longctx_triton.kernels import (
     flash_hopper,
     flash_hopper_softmax,
+    mailbox,
     token_attention_hopper,
 )
 from longctx_triton.launch import token_attention_hopper as launch
@@ -132,7 +133,7 @@ class Simulated:
     """The kernel, called as Triton's is, its programs at once in this process."""
 
     def __init__(self):
-        modules = (flash_hopper_softmax, flash_hopper, token_attention_hopper)
+        modules = (flash_hopper_softmax, flash_hopper, mailbox, token_attention_hopper)
         names = {
             name: types.FunctionType(item.fn.__code__, {})
             for module in modules
@@ -166,6 +167,7 @@ class Simulated:
             **dict.fromkeys(("ROW_THREADS", "_COPIED", "_LISTED", "_ONE")),
             "float": float,
             "_ROWS": launch.ROWS,
+            "_PLACES": mailbox.PLACES,
             "_SLACK": flash_hopper_softmax.SLACK,
             "_TILE": 2 * launch.ROWS,
             "_GATHER_THREADS": 128,

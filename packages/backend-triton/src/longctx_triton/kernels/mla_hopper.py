@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longctx_triton.compat import async_load_rows, barrier
 from longctx_triton.kernels.flash_hopper_softmax import ROW_THREADS
+from longctx_triton.kernels.mailbox import PLACES, hear, tell
 
 __all__ = ["HALF", "HEADS", "REST", "latent_hopper_kernel"]
 
@@ -35,6 +36,7 @@ _HEADS = gl.constexpr(HEADS)
 _HALF = gl.constexpr(HALF)
 _REST = gl.constexpr(REST)
 _GATHER_THREADS = gl.constexpr(128)
+_PLACES = gl.constexpr(PLACES)
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
 _VALUES = gl.constexpr(
@@ -103,33 +105,8 @@ def _listed(p_list, o_s, size, k_len):
 
 
 @gluon.jit
-def _told(turn, sizing):
-    """Return the number of key blocks of tile ``turn``."""
-    sizes, size_full, size_empty = sizing
-    mbarrier.wait(size_full.index(turn % 2), (turn // 2) & 1)
-    blocks = gl.max(sizes.index(turn % 2).slice(0, 1).load(_ONE), 0)
-    barrier()
-    mbarrier.arrive(size_empty.index(turn % 2), count=1)
-    return blocks
-
-
-@gluon.jit
-def _tell(turn, blocks, sizing):
-    """Give the number of key blocks of tile ``turn`` to the other warpgroups.
-
-    Here and of the fading factors, each thread writes a place of its own: writes of one number by
-    several threads are right too, but a checker of races sees only one of them before the bar.
-    """
-    sizes, size_full, size_empty = sizing
-    mbarrier.wait(size_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    sizes.index(turn % 2).store(gl.full([_GATHER_THREADS], 0, gl.int32, _ONE) + blocks)
-    barrier()
-    mbarrier.arrive(size_full.index(turn % 2), count=1)
-
-
-@gluon.jit
 def _put(fades, b_fade):
-    """Store a factor of each row, of the scores' layout."""
+    """Store a factor of each row, of the scores' layout; each thread a place (see `mailbox`)."""
     b_fade = gl.convert_layout(b_fade, gl.SliceLayout(1, ROW_THREADS), assert_trivial=True)
     fades.store(b_fade[:, None] + gl.zeros([_HEADS, 4], gl.float32, ROW_THREADS))
 
@@ -174,7 +151,7 @@ def _gather(
             b_end = gl.maximum(b_end, gl.where(b_u >= 0, u0 + o_look + 1, 0))
         size = gl.max(b_end, 0)
         blocks = (size + BLOCK - 1) // BLOCK
-        _tell(turn, blocks, sizing)
+        tell(turn, blocks, sizing, _ONE)
 
         b_n = _listed(p_list, o_row, size, k_len)
         i_b = (i_token // q_len).to(gl.int64)
@@ -267,7 +244,7 @@ def _score(
     for turn in range(_count(total)):
         i_t, i_token, i_part = _locate(turn, tokens, head_tiles)
         p_list, size, k_len = _list_of(lists, i_token, i_part)
-        blocks = _told(turn, sizing)
+        blocks = hear(turn, sizing)
         b_m = gl.full([_HEADS], float("-inf"), gl.float32, rows)
         b_l = gl.zeros([_HEADS], gl.float32, rows)
         mbarrier.wait(q_full, turn & 1)
@@ -322,7 +299,7 @@ def _weigh(
     _, last_full, last_empty = last
     step = 0
     for turn in range(_count(total)):
-        blocks = _told(turn, sizing)
+        blocks = hear(turn, sizing)
         b_o = gl.zeros([_HEADS, _HALF], gl.float32, _VALUES)
         for _i in range(blocks):
             slot = step % STAGES
@@ -381,7 +358,7 @@ def latent_hopper_kernel(
     fades = gl.allocate_shared_memory(
         gl.float32, [STAGES + 1, _HEADS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
-    sizes = gl.allocate_shared_memory(gl.int32, [2, _GATHER_THREADS], flat)
+    sizes = gl.allocate_shared_memory(gl.int32, [2, _PLACES], flat)
     q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
     last_full = gl.allocate_shared_memory(gl.int64, [1], bar)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx_triton.compat import async_load_rows, barrier
+from longctx_triton.compat import async_load_rows
 from longctx_triton.kernels.flash_hopper import advance
 from longctx_triton.kernels.flash_hopper_softmax import (
     ROW_THREADS,
@@ -30,6 +30,7 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     denominator,
     faded,
 )
+from longctx_triton.kernels.mailbox import PLACES, hear, tell
 
 __all__ = ["token_attention_hopper_kernel"]
 
@@ -38,6 +39,7 @@ _TILE = gl.constexpr(2 * ROWS)
 """Query slots of a tile, and key slots of a step: only a tile's first step has a triangle."""
 _LN2 = gl.constexpr(0.6931471805599453)
 _GATHER_THREADS = gl.constexpr(128)
+_PLACES = gl.constexpr(PLACES)
 _COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """A warp copies 128 bytes of four rows at a time: a thread sees few rows, so few addresses."""
 _LISTED = gl.constexpr(
@@ -50,7 +52,6 @@ _LISTED = gl.constexpr(
     )
 )
 """A slot a thread, in the warp that copies its row in `_COPIED`."""
-_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _LENGTHS = [
     "s_ib", "s_ih", "s_cb", "tiles", "units", "heads", "group", "heads_a_set",
     "capacity", "q_len", "k_len",
@@ -100,31 +101,6 @@ def _claim(sets, place, oldest):
 
 
 @gluon.jit
-def _tell(turn, task, mail):
-    """Give a task, or -1 for the end, to both consumers.
-
-    Each thread writes a place of its own: writes of one number by many threads are right too, but
-    a checker of races sees only one of them before the bar.
-    """
-    tasks, told, heard = mail
-    mbarrier.wait(heard.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    tasks.index(turn % 2).store(gl.full([_GATHER_THREADS], 0, gl.int32, _LISTED) + task)
-    barrier()
-    mbarrier.arrive(told.index(turn % 2), count=1)
-
-
-@gluon.jit
-def _hear(turn, mail):
-    """Return the task of turn ``turn``; -1 for none."""
-    tasks, told, heard = mail
-    mbarrier.wait(told.index(turn % 2), (turn // 2) & 1)
-    task = gl.max(tasks.index(turn % 2).slice(0, 1).load(_ONE), 0)
-    barrier()
-    mbarrier.arrive(heard.index(turn % 2), count=1)
-    return task
-
-
-@gluon.jit
 def _listed(p_set, o_s, count, k_len):
     """Return the tokens in slots ``o_s``, -1 where there is none."""
     b_n = gl.load(p_set + o_s, mask=o_s < count, other=-1)
@@ -148,7 +124,7 @@ def _gather(
     tiles, units, _, _ = place
     task = _claim(sets, place, oldest)
     while task < tiles * units:
-        _tell(done, task, mail)
+        tell(done, task, mail, _LISTED)
         i_b, i_h, i_t = _place(task, place)
         p_set, count = _set_of(i_b, i_h, sets)
         b_n = _listed(p_set, i_t * _TILE + o_key, count, k_len)
@@ -183,7 +159,7 @@ def _gather(
             step += 1
         done += 1
         task = _claim(sets, place, oldest)
-    _tell(done, -1, mail)
+    tell(done, -1, mail, _LISTED)
 
 
 @gluon.jit
@@ -208,7 +184,7 @@ def _consume(
     q = q_s.index(G)
     step = 0  # steps so far, over all tiles: it numbers the stages
     done = 0
-    task = _hear(done, mail)
+    task = hear(done, mail)
     while task >= 0:
         i_b, i_h, i_t = _place(task, place)
         p_set, count = _set_of(i_b, i_h, sets)
@@ -265,7 +241,7 @@ def _consume(
         p_out = p_out + (b_row.to(gl.int64) * (heads * HEAD_DIM))[:, None]
         o_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, o_layout))[None, :]
         gl.store(p_out + o_d, b_o, mask=m_row[:, None])
-        task = _hear(done, mail)
+        task = hear(done, mail)
 
 
 @gluon.jit(do_not_specialize=_LENGTHS)
@@ -297,7 +273,7 @@ def token_attention_hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     tasks = gl.allocate_shared_memory(
-        gl.int32, [2, _GATHER_THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [2, _PLACES], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     told = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
