@@ -55,6 +55,20 @@ def test_no_program_does_much_more_than_the_others(tiles, units, fitting):
     assert max(done) < 1.08 * sum(done) / len(done)
 
 
+@pytest.mark.parametrize(
+    ("k_len", "window", "anchor", "keys"),
+    [
+        (65536, 4096, 0, 8192),
+        (65536, 4000, 96, 8192),
+        (32768, 4096, 0, 8192),
+        (32767, 4096, 0, 32767),
+        (4096, 0, 0, 4096),
+    ],
+)
+def test_keys_that_the_cache_should_hold(k_len, window, anchor, keys):
+    assert tile_order.keys_at_work(k_len, window, anchor) == keys
+
+
 def test_heads_that_fit_the_cache_stay_together_where_that_costs_nothing():
     assert tile_order.causal_section(128, 32, 1, 3, 132) == 3
     assert tile_order.causal_section(512, 32, 1, 1, 132) == 1

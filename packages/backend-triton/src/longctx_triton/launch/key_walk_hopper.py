@@ -16,6 +16,7 @@ from longctx_triton.launch.flash_hopper import even, rows_block
 from longctx_triton.launch.prepared import Launches, Prepared
 from longctx_triton.launch.scratch import Pieces, scratch
 from longctx_triton.launch.sizes import heads_in_cache
+from longctx_triton.launch.tile_order import keys_at_work
 from longctx_triton.launch.tuning import tuned
 
 __all__ = ["WalkTiles", "block_list_forward", "key_range_forward", "walk_tiles"]
@@ -23,8 +24,6 @@ __all__ = ["WalkTiles", "block_list_forward", "key_range_forward", "walk_tiles"]
 _HALF = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
 _TILE = 2 * ROWS
-LONG = 4
-"""Times two windows: in longer sequences, heads go together whose windows fit the cache."""
 
 
 class WalkTiles(NamedTuple):
@@ -195,10 +194,9 @@ def _range_plan(
         origin = (k_len - q_len) // span * span
         first_tile = (k_len - q_len - origin) // _TILE
         tiles = -(-(k_len - origin) // _TILE) - first_tile
-    # tiles at work have windows side by side
-    keys = 2 * (window + anchor)
-    if block is not None or head_windows or LONG * keys > k_len:
-        keys = 0
+    keys = k_len
+    if block is None and not head_windows:
+        keys = keys_at_work(k_len, window, anchor)
     return _plan(
         q_shape, q_strides, k_shape, k_strides, v_strides, scale, device, tiles, 1, sizes,
         (origin, first_tile, span, tiles_a_block, min(anchor, span if block else k_len),
@@ -255,7 +253,7 @@ def _list_plan(
     attend = _plan(
         q_shape, q_strides, k_shape, k_strides, v_strides, scale, device, tiles, heads, sizes,
         (0, 0, 1, 1, 0, 0, 0, q_heads // sets, sets, room),
-        from_list=True, causal=causal, by_block=False, head_windows=False, sinks=False,
+        from_list=True, causal=causal, by_block=False, head_windows=False, sinks=False, keys=k_len,
     )  # fmt: skip
     launches = Launches((lists, (3, 4, 7, 8)), (attend, (0, 1, 2, 5, 6, 9, 9, 7, 8)), given=5)
     return _ListPlan(launches, ((walks * room, torch.int32), (walks * 2, torch.int32)))
@@ -304,13 +302,13 @@ def _plan(
     by_block: bool,
     head_windows: bool,
     sinks: bool,
-    keys: int = 0,
+    keys: int,
 ) -> Prepared:
-    """Return the launch; ``keys`` of a head are all that the cache should hold, 0 for all."""
+    """Return the launch; the cache should hold ``keys`` of a head."""
     batch, q_len, q_heads, head_dim = q_shape
     units, group = batch * q_heads // heads, q_heads // k_shape[2]
     # query heads whose keys and values fit the cache go together
-    fitting = heads_in_cache(device.l2, keys or k_shape[1], 4 * head_dim)
+    fitting = heads_in_cache(device.l2, keys, 4 * head_dim)
     section = min(batch * q_heads, group * fitting) // heads
     out_strides = (q_len * q_heads * head_dim, q_heads * head_dim, head_dim, 1)
     return Prepared(
