@@ -146,6 +146,19 @@ def test_against_the_oracle(hopper, monkeypatch, shape, causal, sizes):
     assert hopper.launches == 2
 
 
+@pytest.mark.parametrize("rise", [0.7, 5.0, 40.0, -40.0])
+def test_scores_that_rise_or_fall_from_block_to_block(hopper, monkeypatch, rise):
+    """The walk goes from the last key to the first; some maxima pass the slack, some do not."""
+    torch.manual_seed(0)
+    tiles(monkeypatch, 2, 32, 2, 240, False)
+    q = torch.randn(1, 130, 2, 64).half()
+    q[..., 0] = 8.0
+    k, v = (torch.randn(1, 300, 1, 64).half() for _ in range(2))
+    k[..., 0] = (-rise * (torch.arange(300) // 32)).half().view(1, 300, 1)
+    run(q, k, v, causal=True)
+    assert hopper.launches == 1
+
+
 def test_the_shipped_tiles_and_strided_inputs(hopper):
     q = torch.randn(2, 4, 150, 128).half().transpose(1, 2)
     k = torch.randn(2, 300, 3, 128).half()[:, :, 1:]

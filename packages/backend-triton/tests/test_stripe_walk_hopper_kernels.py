@@ -113,6 +113,7 @@ CASES = [
     ("shared", 385, 900, 33, [*range(0, 898)], 2, 1),  # all distances
     ("query", 700, 700, 698, [0], 1, 1),
     ("shared", 64, 512, 0, [], 1, 1),  # nothing
+    ("shared", 203, 300, 140, [0, 5, 64, 131], 6, 3),  # one set, columns of several KV heads
 ]
 
 
