@@ -39,11 +39,6 @@ class TopKPlan:
     page_size: int = 1
 
     def __post_init__(self) -> None:
-        indices = self.indices
-        # a quick look; what does not fit is found one by one
-        tensor = isinstance(indices, Tensor) and indices.dtype == torch.int32
-        if tensor and indices.ndim == 4 and self.page_size >= 1:
-            return
         check_int32("TopKPlan", indices=self.indices)
         check_rank("TopKPlan", "indices", self.indices, "batch, q_len, heads, k")
         if self.page_size < 1:
