@@ -9,6 +9,7 @@ from longctx_triton.kernels.decode import decode_kernel
 from longctx_triton.kernels.merge import merge_kernel, merge_splits_kernel
 from longctx_triton.launch.decode_plan import decode_plan
 from longctx_triton.launch.device import device_of
+from longctx_triton.launch.outputs import attention_outputs
 from longctx_triton.launch.prepared import launch
 from longctx_triton.launch.workspace import workspace
 
@@ -35,10 +36,8 @@ def decode_forward(
     shares of the keys from each sequence's own length, so that a captured graph may be replayed
     with other lengths.
     """
-    batch, q_len, heads, _ = q.shape
-    out = torch.empty(batch, q_len, heads, v_cache.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    if batch == 0:
+    out, lse = attention_outputs(q, v_cache)
+    if q.shape[0] == 0:
         return out, lse
     pages, page_stride = None, 0
     if page_table is not None:

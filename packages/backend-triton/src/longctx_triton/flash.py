@@ -26,6 +26,7 @@ from longctx_triton.launch.flash_backward_hopper import (
 )
 from longctx_triton.launch.flash_hopper import hopper_forward
 from longctx_triton.launch.key_walk_hopper import key_range_forward
+from longctx_triton.launch.outputs import attention_outputs
 from longctx_triton.launch.prepared import Prepared
 from longctx_triton.launch.sizes import heads_in_cache, padded, used_strides
 
@@ -62,15 +63,11 @@ def flash_forward(
     LONGCTX_TRITON_FLASH : {"portable"}, optional
         Run the ``tl.dot`` kernel on Hopper too, for comparison.
     """
-    batch, q_len, q_heads, _ = q.shape
-    _, k_len, _, value_dim = v.shape
     fp8 = q.dtype == _FP8
-    dtype = torch.bfloat16 if fp8 else q.dtype
-    out = q.new_empty(batch, q_len, q_heads, value_dim, dtype=dtype)
-    lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-    if batch * q_heads * q_len == 0:
+    out, lse = attention_outputs(q, v, torch.bfloat16 if fp8 else None)
+    if lse.numel() == 0:
         return out, lse
-    left, right = _band(causal, window_left, window_right, q_len, k_len)
+    left, right = _band(causal, window_left, window_right, q.shape[1], k.shape[1])
     device = device_of(q.device)
     if softcap == 0 and cu_seqlens_q is None and device.runs_gluon:
         if left is None:
