@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_case import CASE, CPU
 
 import longctx
-from longctx.bench.case import Case, axes
 from longctx.bench.ceilings import Ceilings
 from longctx.bench.checking import judge
 from longctx.bench.contestants import BackendContestant, PeerContestant
@@ -25,13 +25,6 @@ from longctx.bench.timing import Clock
 from longctx.bench.workloads import WORKLOADS
 from longctx.dispatch import BoundBackend
 
-CPU = torch.device("cpu")
-CASE = Case(
-    "flash_attention",
-    "test",
-    axes(batch=1, seq=400, q_heads=4, kv_heads=2, head_dim=16),
-    dtype="fp32",
-)
 CEILINGS = Ceilings({"bf16": 1e12, "fp32": 1e12}, copy=1e11, read=1e11)
 
 

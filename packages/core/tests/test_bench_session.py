@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from bench_case import CASE, CPU
 
 from longctx.bench.case import Case, axes
 from longctx.bench.ceilings import Ceilings, measure_ceilings
@@ -20,13 +21,6 @@ from longctx.bench.records import Row, RowWriter, Status, read_recording
 from longctx.bench.session import Session
 from longctx.bench.timing import Clock, in_turns, spread_of
 
-CPU = torch.device("cpu")
-CASE = Case(
-    "flash_attention",
-    "test",
-    axes(batch=1, seq=400, q_heads=4, kv_heads=2, head_dim=16),
-    dtype="fp32",
-)
 CEILINGS = Ceilings({"fp32": 1e12}, copy=1e11, read=1e11)
 
 
