@@ -23,6 +23,8 @@ from longctx_triton.launch import flash_backward_hopper as hopper_launch
 from longctx_triton.launch import flash_hopper
 from longctx_triton.launch.device import Device
 
+pytestmark = play.needs_interpreter
+
 LOCK = threading.Lock()
 
 

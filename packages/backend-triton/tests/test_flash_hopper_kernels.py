@@ -24,6 +24,8 @@ from longctx_triton.kernels.flash_hopper_softmax import SLACK
 from longctx_triton.launch import flash_hopper as hopper_launch
 from longctx_triton.launch.device import Device
 
+pytestmark = play.needs_interpreter
+
 
 class Simulated:
     """The kernel, called as Triton's is, program after program in this process."""

@@ -22,6 +22,8 @@ from longctx_triton.launch import flash_hopper as flash_launch
 from longctx_triton.launch import key_walk_hopper as launch
 from longctx_triton.launch.device import Device
 
+pytestmark = play.needs_interpreter
+
 
 class ListKernel:
     """What `walk_list_kernel` does, in Python."""

@@ -25,6 +25,8 @@ from longctx_triton.launch import flash_hopper as flash_launch
 from longctx_triton.launch import stripe_walk_hopper as launch
 from longctx_triton.launch.device import Device
 
+pytestmark = play.needs_interpreter
+
 TILE = 128
 SETS = {"shared": lambda q, kv: 1, "kv": lambda q, kv: kv, "query": lambda q, kv: q}
 

@@ -28,6 +28,8 @@ from longctx_triton.kernels import (
 from longctx_triton.launch import token_attention_hopper as launch
 from longctx_triton.launch.device import Device
 
+pytestmark = play.needs_interpreter
+
 
 class Pointer:
     """Addresses in one tensor's storage."""

@@ -15,7 +15,13 @@ import threading
 import time
 import types
 
+import pytest
 import torch
+
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="beside what is simulated, kernels run in Triton's interpreter: off where a GPU is",
+)
 
 PATIENCE = 20.0
 """Seconds after which a wait counts as a deadlock."""

@@ -23,7 +23,9 @@ def quantize_fp8(x: Tensor, *, scale_format: str = "fp32") -> tuple[Tensor, Tens
     ``act_quant_kernel``, of DeepSeek-V3.2-Exp).
     """
     x = x.float()
-    scale = x.abs().amax(-1).clamp(min=1e-4) / 448
+    amax = x.abs().amax(-1).clamp(min=1e-4)
+    # on a GPU torch divides by a number as it multiplies by its reciprocal, which rounds twice
+    scale = amax / torch.full_like(amax, 448)
     if scale_format == "ue8m0":
         mantissa, exponent = torch.frexp(scale.double())
         power = exponent - (mantissa == 0.5).to(exponent.dtype)
