@@ -24,11 +24,12 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     block_softmax,
     denominator,
     faded,
-    hide,
 )
 from longctx_triton.kernels.stripe_bits import keep, kept_words
 
-__all__ = ["ROWS", "advance", "copy_block", "flash_hopper_kernel", "share"]
+__all__ = [
+    "ROWS", "advance", "copy_block", "flash_hopper_kernel", "multiplied", "multiply", "share",
+]  # fmt: skip
 
 _ROWS = gl.constexpr(ROWS)
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -121,18 +122,15 @@ def _feed(
 
 
 @gluon.jit
-def advance(
-    b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other,
-    step, beat, first, limits, lows, kept, BANDS: gl.constexpr, scale2,
+def multiply(
+    b_p, b_o, b_fade, q, k_s, v_s, k_full, mine, other, step, beat,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
+    """Start the scores of block ``step``, and weights times values of ``step - 1``.
 
-    On entry those values have landed, and ``b_o`` has still to fade by ``b_fade``. ``limits`` and
-    ``lows`` (or None) are the last and first keys that the rows see, ``first`` the block's first;
-    ``kept`` (or None) is what `stripe_bits.kept_words` takes of a band or of columns.
+    Those values have landed, and ``b_o`` has still to fade by ``b_fade``.
     """
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     slot = step % STAGES
@@ -150,20 +148,47 @@ def advance(
     o_token = warpgroup_mma(b_p, v, b_o, is_async=True)
     if PING_PONG:
         mbarrier.arrive(other, count=1)
+    return s_token, o_token
+
+
+@gluon.jit
+def multiplied(o_token, v_full, v_empty, step, STAGES: gl.constexpr):
+    """Return what `multiply` made of the values of ``step - 1``, when those of ``step`` are here.
+
+    The assembler moves a bare wait for the product above the exponentials, and nothing overlaps;
+    it does not move one across the branch of the wait for the values.
+    """
+    mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+    b_o = warpgroup_mma_wait(0, deps=(o_token,))
+    mbarrier.arrive(v_empty.index((step - 1) % STAGES), count=1)
+    return b_o
+
+
+@gluon.jit
+def advance(
+    b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other,
+    step, beat, first, limits, kept, BANDS: gl.constexpr, scale2,
+    G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
+
+    ``limits`` (or None) are the last keys that the rows see, ``first`` the block's first; ``kept``
+    (or None) is what `stripe_bits.kept_words` takes of a band or of columns.
+    """
+    s_token, o_token = multiply(
+        b_p, b_o, b_fade, q, k_s, v_s, k_full, mine, other, step, beat,
+        G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, PING_PONG, s_layout, o_layout,
+    )  # fmt: skip
     if kept is not None:
         b_kept = kept_words(kept, BANDS, s_layout)
     b_s = warpgroup_mma_wait(1, deps=(s_token,))
-    mbarrier.arrive(k_empty.index(slot), count=1)
-    if MASKED and lows is not None:
-        b_s = hide(b_s, lows - first, False)
+    mbarrier.arrive(k_empty.index(step % STAGES), count=1)
     if kept is not None:
         b_s = keep(b_s, b_kept)
     b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED)
-    # The assembler moves a bare wait for the product above the exponentials, and nothing
-    # overlaps; it does not move one across the branch of this wait.
-    mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
-    b_o = warpgroup_mma_wait(0, deps=(o_token,))
-    mbarrier.arrive(v_empty.index(slot_v), count=1)
+    b_o = multiplied(o_token, v_full, v_empty, step, STAGES)
     return b_p, b_o, b_m, b_l, b_fade
 
 
@@ -239,16 +264,15 @@ def _consume(
             for i in range(1, masked_end):
                 b_p, b_o, b_m, b_l, b_fade = advance(
                     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                    mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, None,
-                    None, True, scale2,
-                    G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
+                    mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, None, True,
+                    scale2, G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
                     s_layout, o_layout,
                 )  # fmt: skip
                 beat += 1
         for i in range(masked_end, blocks):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                mine, other, step + i, beat, 0, limits, None, None, True, scale2,
+                mine, other, step + i, beat, 0, limits, None, True, scale2,
                 G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, False, PING_PONG,
                 s_layout, o_layout,
             )  # fmt: skip

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx_triton.compat import async_load, async_store
-from longctx_triton.kernels.flash_hopper import advance, copy_block, share
+from longctx_triton.kernels.flash_hopper import copy_block, multiplied, multiply, share
 from longctx_triton.kernels.flash_hopper_softmax import (
     ROW_THREADS,
     ROWS,
@@ -86,17 +86,16 @@ def _feed(
 
 
 @gluon.jit
-def _limits(
-    bounds, i, o_q, highest,
+def _hide(
+    b_s, bounds, i, first, o_q, highest,
     LIST: gl.constexpr, BY_BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Return the first keys (of lists: anything) and the last ones that rows ``o_q`` see."""
+    """Hide those scores of a masked step ``i`` that rows ``o_q`` do not see."""
     if LIST:
         # a limit of all rows, in a form that keeps the column numbers out of registers
         b_high = gl.minimum(o_q + highest, highest)
         if CAUSAL:
             b_high = bounds[0] + o_q
-        b_low = b_high
     else:
         p0, low0, window, p_all, joined, anchor, a_end, own_masked = bounds
         o_p = p0 + o_q
@@ -108,7 +107,8 @@ def _limits(
         own = i < own_masked
         b_low = gl.where(own, b_low, 0)
         b_high = gl.minimum(o_p, gl.where(own, highest, a_end - 1))
-    return b_low, b_high
+        b_s = hide(b_s, b_low - first, False)
+    return hide(b_s, b_high - first, True)
 
 
 @gluon.jit
@@ -161,28 +161,24 @@ def _consume(
         mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
         k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
         b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        b_low, b_high = _limits(bounds, 0, o_q, highest, LIST, BY_BLOCK, CAUSAL)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
-        if not LIST:
-            b_s = hide(b_s, b_low - first, False)
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, b_high, True)
+        b_s = _hide(b_s, bounds, 0, first, o_q, highest, LIST, BY_BLOCK, CAUSAL)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, None, True)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
-        for i in range(1, masked):
-            first = gl.load(starts + i) if LIST else run_start(i, runs, BLOCK_K)
-            b_low, b_high = _limits(bounds, i, o_q, highest, LIST, BY_BLOCK, CAUSAL)
-            b_p, b_o, b_m, b_l, b_fade = advance(
-                b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, first, b_high, None if LIST else b_low,
-                None, True, scale2,
-                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
+        for i in range(1, steps):
+            s_token, o_token = multiply(
+                b_p, b_o, b_fade, q, k_s, v_s, k_full, None, None, step + i, 0,
+                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, s_layout, o_layout,
             )  # fmt: skip
-        for i in range(masked, steps):
-            b_p, b_o, b_m, b_l, b_fade = advance(
-                b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, 0, b_high, None, None, True, scale2,
-                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, False, s_layout, o_layout,
-            )  # fmt: skip
+            b_s = warpgroup_mma_wait(1, deps=(s_token,))
+            mbarrier.arrive(k_empty.index((step + i) % STAGES), count=1)
+            # a branch instead of a second loop: less code, which is faster and takes less power
+            if i < masked:
+                first = gl.load(starts + i) if LIST else run_start(i, runs, BLOCK_K)
+                b_s = _hide(b_s, bounds, i, first, o_q, highest, LIST, BY_BLOCK, CAUSAL)
+            b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, None, True)
+            b_o = multiplied(o_token, v_full, v_empty, step + i, STAGES)
         mbarrier.arrive(q_empty.index(G), count=1)
         step += steps
         slot_v = (step - 1) % STAGES

@@ -172,13 +172,13 @@ def _consume(
             coming = _band(p_list, i + 1, part, whole, plan)
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, 0, None, None, band, True, scale2,
+                None, None, step + i, 0, 0, None, band, True, scale2,
                 G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
             )  # fmt: skip
         for i in range(masked, bands):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, 0, None, None, None, True, scale2,
+                None, None, step + i, 0, 0, None, None, True, scale2,
                 G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, False, s_layout, o_layout,
             )  # fmt: skip
         step += bands
@@ -188,7 +188,7 @@ def _consume(
             block = (p_list, p_listed, i, columns, p0)
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, step + i, 0, 0, None, None, block, False, scale2,
+                None, None, step + i, 0, 0, None, block, False, scale2,
                 G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
             )  # fmt: skip
         step += column_steps

@@ -210,7 +210,7 @@ def _consume(
             fence_async_shared()
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, i, 0, 0, o_q, None, None, True, scale_log2,
+                None, None, i, 0, 0, o_q, None, True, scale_log2,
                 G, _TILE, HEAD_DIM, HEAD_DIM, STAGES, False, False,
                 s_layout, o_layout,
             )  # fmt: skip
