@@ -19,6 +19,7 @@ from longctx.testing.listings import (
     toolkit,
 )
 from longctx.testing.listings.carries import halves_of_one_register
+from longctx.testing.listings.descriptors import descriptors_of_one_path
 from longctx.testing.listings.instructions import count_ptx, count_sass
 from longctx.testing.listings.kernel import KernelCompileError, compute_capability, load_object
 from longctx.testing.listings.ptxas import read_report
@@ -261,6 +262,104 @@ def test_halves_of_one_register_are_found(between, wrong):
     assert not halves_of_one_register(LOW + HIGH.replace("UR4", "UR5"))
     with pytest.raises(AssertionError, match="both halves of a sum from one register: UIADD3"):
         assert_listing(dataclasses.replace(LISTING, sass=LOW + HIGH))
+
+
+TWO_LOOPS = """
+        /*0010*/                   UIADD3 UR17, -UR49, URZ, URZ ;
+        /*0020*/                   UMOV UR18, UR12 ;
+        /*0030*/                   UMOV UR19, 0x40000040 ;
+        /*0040*/                   USEL UR16, UR55, UR16, UP1 ;
+        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0060*/                   UIADD3 UR16, UP0, UR8, 0x2, URZ ;
+        /*0070*/                   UIADD3.X UR17, UR4, 0x40000040, URZ, UP0, !UPT ;
+.L_x_1:
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0090*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*00a0*/               @P2 BRA `(.L_x_4) ;
+.L_x_3:
+        /*00b0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+        /*00c0*/               @P3 BRA `(.L_x_3) ;
+.L_x_4:
+        /*00d0*/                   EXIT ;
+.L_x_5:
+        /*00e0*/                   BRA `(.L_x_5);
+"""
+"""Both loops multiply with one descriptor; the branch to the second one jumps past its sum."""
+SECOND = ".L_x_2:\n"
+SUM = """
+        /*00a2*/                   UIADD3 UR16, UP0, UR8, 0x2, URZ ;
+        /*00a4*/                   UIADD3.X UR17, UR4, 0x40000040, URZ, UP0, !UPT ;
+"""
+IN_TURNS = """
+        /*0010*/                   R2UR UR6, R0 ;
+        /*0020*/                   R2UR UR7, R5 ;
+.L_x_1:
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR4].tnspB, R24 ;
+        /*0040*/                   R2UR UR6, R89 ;
+        /*0050*/                   R2UR UR7, R88 ;
+        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_a_descriptor_made_in_the_first_loop_alone_is_found():
+    found = descriptors_of_one_path(TWO_LOOPS)
+    assert [text.partition(" of ")[0] for text in found] == ["UR16", "UR17"]
+    assert all("HGMMA.64x64x16" in text for text in found)
+    assert found[1].endswith(
+        "from UIADD3 UR17, -UR49, URZ, URZ or UIADD3.X UR17, UR4, 0x40000040, URZ, UP0, !UPT"
+    )
+    with pytest.raises(AssertionError, match="not made on every path to its use: UR16 of HGMMA"):
+        assert_listing(dataclasses.replace(LISTING, sass=TWO_LOOPS))
+
+
+@pytest.mark.parametrize(
+    "sass",
+    [
+        TWO_LOOPS.replace(SECOND, SECOND + SUM),
+        TWO_LOOPS.replace(SECOND, SECOND + "  /*00a2*/  UIADD3.64 UR16, UR8, UR18, URZ ;\n"),
+        TWO_LOOPS.replace("@P1 BRA `(.L_x_2)", "@P1 BRA `(.L_x_4)"),
+        TWO_LOOPS.replace("R24, gdesc", "R24, R56, gdesc"),
+        IN_TURNS,
+        "",
+    ],
+    ids=["sum of its own", "pair of its own", "both skipped", "A in registers", "turns", "none"],
+)
+def test_descriptors_made_on_every_path(sass):
+    assert not descriptors_of_one_path(sass)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("R2UR UR6, R0", "NOP"),
+        ("R2UR UR6, R0", "UISETP.GE.AND UP0, UPT, UR6, UR4, UPT"),
+        (".L_x_1:", "  /*0028*/ @UP0 UMOV UR6, UR9 ;\n.L_x_1:"),
+        ("R2UR UR7, R88", "UIMAD.WIDE UR6, UR14, UR15, URZ"),
+    ],
+    ids=["never made", "only read", "predicated", "both halves"],
+)
+def test_what_makes_a_descriptor(change):
+    assert descriptors_of_one_path(IN_TURNS.replace(*change))
+
+
+@pytest.mark.parametrize(
+    ("branch", "count"),
+    [
+        ("      BRA `(.L_x_2)", 0),
+        ("  @P1 BRA `(.L_x_2)", 2),
+        ("      BRA UP1, `(.L_x_2)", 2),
+        ('      BRX R4 -0x70     (*"BRANCH_TARGETS .L_x_0,.L_x_2"*)', 2),
+        ("  @P1 EXIT", 0),
+    ],
+)
+def test_branches_past_a_descriptor(branch, count):
+    sass = TWO_LOOPS.replace("         @P1 BRA `(.L_x_2)", branch)
+    sass = sass.replace(
+        "        /*0060", ".L_x_0:\n        /*0060" if "BRX" in branch else "/*0060"
+    )
+    assert len(descriptors_of_one_path(sass)) == count
 
 
 def test_a_string_is_no_collection_of_kinds():

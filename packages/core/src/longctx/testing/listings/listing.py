@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from longctx.testing.listings.carries import halves_of_one_register
+from longctx.testing.listings.descriptors import descriptors_of_one_path
 from longctx.testing.listings.instructions import INSTRUCTIONS, count_ptx, count_sass
 
 __all__ = ["SHARED_LIMITS", "Listing", "assert_listing"]
@@ -100,7 +101,8 @@ def assert_listing(
 ) -> Listing:
     """Fail with everything that is wrong with a compiled kernel; return the listing otherwise.
 
-    Machine code of a known fault of the assembler fails too: see `halves_of_one_register`.
+    Machine code of a known fault of the assembler fails too: see `halves_of_one_register` and
+    `descriptors_of_one_path`.
 
     Parameters
     ----------
@@ -158,6 +160,10 @@ def assert_listing(
     wrong += [
         f"both halves of a sum from one register: {text}"
         for text in halves_of_one_register(listing.sass or "")
+    ]
+    wrong += [
+        f"a matrix descriptor that is not made on every path to its use: {text}"
+        for text in descriptors_of_one_path(listing.sass or "")
     ]
     wrong += [
         f"assembler warning: {text}"
