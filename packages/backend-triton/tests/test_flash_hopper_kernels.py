@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from longctx_triton import flash
 from longctx_triton.kernels import flash_hopper as hopper_kernel
-from longctx_triton.kernels.flash_hopper_softmax import SLACK
+from longctx_triton.kernels import flash_hopper_softmax
 from longctx_triton.launch import flash_hopper as hopper_launch
 from longctx_triton.launch.device import Device
 
@@ -31,7 +31,7 @@ class Simulated:
     """The kernel, called as Triton's is, program after program in this process."""
 
     def __init__(self, function):
-        module = vars(hopper_kernel)
+        module = {**vars(flash_hopper_softmax), **vars(hopper_kernel)}
         names = {
             name: types.FunctionType(item.fn.__code__, {})
             for name, item in module.items()
@@ -48,15 +48,15 @@ class Simulated:
             "async_load": lambda d, c, b, m: play.async_load(d, c, play.Shared(play.row(b)), m),
             "async_store": play.async_store,
             "_depth": play.quiet,
-            "faded": lambda t, fade: t * fade[:, None],
+            **play.SOFTMAX,
             "hide": play.hide,
-            "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
-            "ROW_THREADS": None,
+            "NOTHING_SEEN": flash_hopper_softmax.NOTHING_SEEN.value,
             "_ROWS": hopper_kernel.ROWS,
             "_LOG2E": math.log2(math.e),
             "_LN2": math.log(2),
-            "_SLACK": SLACK,
+            "_SLACK": flash_hopper_softmax.SLACK,
             "float": float,
+            "len": len,
         }
         for item in names.values():
             item.__globals__.update(world)

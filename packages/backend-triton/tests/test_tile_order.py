@@ -58,9 +58,9 @@ def test_no_program_does_much_more_than_the_others(tiles, units, fitting):
 @pytest.mark.parametrize(
     ("k_len", "window", "anchor", "keys"),
     [
-        (65536, 4096, 0, 8192),
-        (65536, 4000, 96, 8192),
-        (32768, 4096, 0, 8192),
+        (65536, 4096, 0, 16384),
+        (65536, 4000, 96, 16384),
+        (32768, 4096, 0, 16384),
         (32767, 4096, 0, 32767),
         (4096, 0, 0, 4096),
     ],

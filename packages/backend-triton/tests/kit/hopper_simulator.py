@@ -81,8 +81,14 @@ class Shared:
     def permute(self, order):
         return Shared(self.data.permute(*order))
 
+    def slice(self, start, length):
+        return Shared(self.data[start : start + length])
+
     def store(self, value):
         self.data.copy_(value)
+
+    def load(self, _layout):
+        return self.data.clone()
 
 
 class Pointer:
@@ -199,6 +205,8 @@ def warp_specialize(partitions, _warps, _registers):
 def allocate(dtype, shape, _layout):
     if dtype == torch.int64:
         return Shared([[Barrier()] for _ in range(shape[0])])
+    if dtype == torch.int32:
+        return Shared(torch.full(shape, 10**6, dtype=dtype))
     return Shared(torch.full(shape, torch.nan, dtype=dtype))
 
 
@@ -229,11 +237,24 @@ def quiet(*_args, **_kwargs):
     return None
 
 
+SOFTMAX = {
+    "_halves": lambda x: x.unflatten(0, (-1, 2, 8)).unbind(1),
+    "_whole": lambda x, y, _like: torch.stack((x, y), 1).flatten(0, 2),
+    "_like": lambda x, _other: x,
+    "_beside": lambda x, _other: x[:, :, None],
+    "faded": lambda t, fade: t * fade[:, None],
+    "ROW_THREADS": None,
+}
+"""What `flash_hopper_softmax` says in layouts and in assembly."""
+
+
 LANGUAGE = types.SimpleNamespace(
     float32=torch.float32,
     int32=torch.int32,
     int64=torch.int64,
+    BlockedLayout=quiet,
     SliceLayout=quiet,
+    SwizzledSharedLayout=quiet,
     DotOperandLayout=quiet,
     NVMMADistributedLayout=quiet,
     allocate_shared_memory=allocate,

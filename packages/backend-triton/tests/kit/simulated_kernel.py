@@ -33,7 +33,7 @@ class Simulated:
     """
 
     def __init__(self, kernel, *modules, **instead):
-        from longctx_triton.kernels.flash_hopper_softmax import SLACK
+        from longctx_triton.kernels.flash_hopper_softmax import NOTHING_SEEN, SLACK
 
         names = {
             name: types.FunctionType(item.fn.__code__, {})
@@ -52,11 +52,14 @@ class Simulated:
             "async_load": lambda d, c, b, m: play.async_load(d, c, play.Shared(play.row(b)), m),
             "async_store": play.async_store,
             "_depth": play.quiet,
-            "faded": lambda t, fade: t * fade[:, None],
+            **play.SOFTMAX,
+            "barrier": play.quiet,
             "hide": hide,
-            "_sum_in_threads": lambda t, _layout: t.unflatten(1, (-1, 4, 2)).sum((1, 3)),
-            "ROW_THREADS": None,
             "float": float,
+            "len": len,
+            "NOTHING_SEEN": NOTHING_SEEN.value,
+            "_ONE": None,
+            "_PLACES": 32,
             "_ROWS": 64,
             "_LOG2E": math.log2(math.e),
             "_LN2": math.log(2),

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longctx_triton.compat import async_load, async_store
 from longctx_triton.kernels.flash_hopper_softmax import (
+    NOTHING_SEEN,
     ROW_THREADS,
     ROWS,
     block_softmax,
@@ -123,20 +124,18 @@ def _feed(
 
 @gluon.jit
 def multiply(
-    b_p, b_o, b_fade, q, k_s, v_s, k_full, mine, other, step, beat,
+    b_p, b_o, b_fade, q, k_s, v_s, k_full, mine, other, slot, phase, slot_v, beat,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+    PING_PONG: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Start the scores of block ``step``, and weights times values of ``step - 1``.
+    """Start the scores of the keys in stage ``slot``, and weights times the values in ``slot_v``.
 
-    Those values have landed, and ``b_o`` has still to fade by ``b_fade``.
+    The keys land in the stage's ``phase``; the values have landed, and ``b_o`` has still to fade
+    by ``b_fade``.
     """
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    slot = step % STAGES
-    slot_v = (step - 1) % STAGES
     b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
-    mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+    mbarrier.wait(k_full.index(slot), phase)
     if PING_PONG:
         # one group multiplies while the other exponentiates; the first one starts unbidden
         mbarrier.wait(mine, (beat & 1) ^ (1 if G == 0 else 0))
@@ -152,15 +151,15 @@ def multiply(
 
 
 @gluon.jit
-def multiplied(o_token, v_full, v_empty, step, STAGES: gl.constexpr):
-    """Return what `multiply` made of the values of ``step - 1``, when those of ``step`` are here.
+def multiplied(o_token, v_full, v_empty, slot, phase, last_slot):
+    """Return what `multiply` made of the values in ``last_slot``, when those in ``slot`` are here.
 
     The assembler moves a bare wait for the product above the exponentials, and nothing overlaps;
     it does not move one across the branch of the wait for the values.
     """
-    mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(slot), phase)
     b_o = warpgroup_mma_wait(0, deps=(o_token,))
-    mbarrier.arrive(v_empty.index((step - 1) % STAGES), count=1)
+    mbarrier.arrive(v_empty.index(last_slot), count=1)
     return b_o
 
 
@@ -169,7 +168,7 @@ def advance(
     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty, mine, other,
     step, beat, first, limits, kept, BANDS: gl.constexpr, scale2,
     G: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    STAGES: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of block ``step`` while the weights of ``step - 1`` meet their values.
@@ -177,18 +176,21 @@ def advance(
     ``limits`` (or None) are the last keys that the rows see, ``first`` the block's first; ``kept``
     (or None) is what `stripe_bits.kept_words` takes of a band or of columns.
     """
+    slot = step % STAGES
+    phase = (step // STAGES) & 1
+    last_slot = (step - 1) % STAGES
     s_token, o_token = multiply(
-        b_p, b_o, b_fade, q, k_s, v_s, k_full, mine, other, step, beat,
-        G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, PING_PONG, s_layout, o_layout,
+        b_p, b_o, b_fade, q, k_s, v_s, k_full, mine, other, slot, phase, last_slot, beat,
+        G, BLOCK_K, HEAD_DIM, VALUE_DIM, PING_PONG, s_layout, o_layout,
     )  # fmt: skip
     if kept is not None:
         b_kept = kept_words(kept, BANDS, s_layout)
     b_s = warpgroup_mma_wait(1, deps=(s_token,))
-    mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+    mbarrier.arrive(k_empty.index(slot), count=1)
     if kept is not None:
         b_s = keep(b_s, b_kept)
-    b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits, MASKED)
-    b_o = multiplied(o_token, v_full, v_empty, step, STAGES)
+    b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, first, limits)
+    b_o = multiplied(o_token, v_full, v_empty, slot, phase, last_slot)
     return b_p, b_o, b_m, b_l, b_fade
 
 
@@ -242,7 +244,7 @@ def _consume(
         if CAUSAL:
             limits = row + o_q + (k_len - q_len)
             whole = gl.minimum(row + k_len - q_len + 1, k_len) // BLOCK_K
-        b_m = gl.full([_ROWS], float("-inf"), gl.float32, rows)
+        b_m = gl.full([_ROWS], NOTHING_SEEN, gl.float32, rows)
         b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
         b_o = gl.zeros([_ROWS, VALUE_DIM], gl.float32, o_layout)
         b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
@@ -255,7 +257,7 @@ def _consume(
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         b_p, b_m, b_l, b_fade = block_softmax(
-            b_s, b_m, b_l, scale2, (blocks - 1) * BLOCK_K, limits, True
+            b_s, b_m, b_l, scale2, (blocks - 1) * BLOCK_K, limits
         )  # fmt: skip
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         # the first block is done: the next ones down to ``whole`` are masked, the rest are not
@@ -265,15 +267,15 @@ def _consume(
                 b_p, b_o, b_m, b_l, b_fade = advance(
                     b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                     mine, other, step + i, beat, (blocks - 1 - i) * BLOCK_K, limits, None, True,
-                    scale2, G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, True, PING_PONG,
+                    scale2, G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, PING_PONG,
                     s_layout, o_layout,
                 )  # fmt: skip
                 beat += 1
         for i in range(masked_end, blocks):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                mine, other, step + i, beat, 0, limits, None, True, scale2,
-                G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, False, PING_PONG,
+                mine, other, step + i, beat, 0, None, None, True, scale2,
+                G, BLOCK_K, HEAD_DIM, VALUE_DIM, STAGES, PING_PONG,
                 s_layout, o_layout,
             )  # fmt: skip
             beat += 1

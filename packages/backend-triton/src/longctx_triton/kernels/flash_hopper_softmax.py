@@ -9,7 +9,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["ROWS", "ROW_THREADS", "SLACK", "block_softmax", "denominator", "faded", "hide"]
+__all__ = [
+    "NOTHING_SEEN", "ROWS", "ROW_THREADS", "SLACK", "block_softmax", "denominator", "faded",
+    "hide",
+]  # fmt: skip
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = 64
@@ -17,6 +20,8 @@ ROWS = 64
 SLACK = 8.0
 """Powers of two that a row's maximum may rise before its sums are rescaled."""
 _SLACK = gl.constexpr(SLACK)
+NOTHING_SEEN = gl.constexpr(-3.0e38)
+"""Reference of rows that have seen no key: finite, where -inf less -inf would be NaN."""
 
 ROW_THREADS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -27,29 +32,80 @@ ROW_THREADS = gl.constexpr(
 
 
 @gluon.jit
-def block_softmax(
-    b_s, b_m, b_l, scale2, first, limits, MASKED: gl.constexpr
-):  # fmt: skip
+def block_softmax(b_s, b_m, b_l, scale2, first, limits):
     """Return ``(P, row reference, running sum, fading factor)`` in base 2.
 
     ``limits`` (or None) are the last keys that the rows see. The reference, which P is taken
     from, is the running maximum or up to `SLACK` less: weights above 1 are as precise as others,
     and a block that raises the maximum by little leaves older sums as they are
-    (FlashAttention-4's conditional rescaling).
+    (FlashAttention-4's conditional rescaling). It is `NOTHING_SEEN` before a row's first key.
     """
-    if MASKED and limits is not None:
+    if limits is not None:
         b_s = hide(b_s, limits - first, True)
-    b_top = gl.max(b_s, 1) * scale2
-    b_top = gl.where(b_top > b_m + _SLACK, b_top, b_m)
-    b_shift = b_top
-    if MASKED:
-        # a row that has seen nothing yet: -inf less -inf would be NaN
-        b_shift = gl.where(b_top == float("-inf"), 0.0, b_top)
-    b_p = gl.exp2(b_s * scale2 - b_shift[:, None])
-    b_fade = gl.exp2(b_m - b_shift)
+    # A thread holds two rows. One after the other: the second one's maximum is found while the
+    # first one's exponentials are under way, where the assembler at times finds both before any.
+    s_0, s_1 = _halves(b_s)
+    m_0, m_1 = _halves(b_m)
+    p_0, m_0, fade_0, l_0 = _half_softmax(s_0, m_0, scale2)
+    p_1, m_1, fade_1, l_1 = _half_softmax(s_1, m_1, scale2)
+    b_p = _whole(p_0, p_1, b_s)
+    b_top = _whole(m_0, m_1, b_m)
+    b_fade = _whole(fade_0, fade_1, b_m)
     fade_l = gl.convert_layout(b_fade, gl.SliceLayout(1, ROW_THREADS), assert_trivial=True)
-    b_l = b_l * fade_l[:, None] + _sum_in_threads(b_p, ROW_THREADS)
+    b_l = b_l * fade_l[:, None] + _whole(l_0, l_1, b_l)
     return b_p, b_top, b_l, b_fade
+
+
+@gluon.jit
+def _halves(x):
+    """Return the first and the last eight of every sixteen rows, ``[rows / 16, 8, ...]`` each."""
+    rows: gl.constexpr = x.shape[0]
+    if len(x.shape) == 1:
+        return gl.split(x.reshape([rows // 16, 2, 8]).permute((0, 2, 1)))
+    else:
+        return gl.split(x.reshape([rows // 16, 2, 8, x.shape[1]]).permute((0, 2, 3, 1)))
+
+
+@gluon.jit
+def _whole(x_0, x_1, like):
+    """Put two `_halves` together, in the layout of ``like``."""
+    x = gl.join(x_0, x_1)
+    rows: gl.constexpr = 16 * x.shape[0]
+    if len(x.shape) == 3:
+        x = x.permute((0, 2, 1)).reshape([rows])
+    else:
+        x = x.permute((0, 3, 1, 2)).reshape([rows, x.shape[2]])
+    return _like(x, like)
+
+
+@gluon.jit
+def _half_softmax(x, b_m, scale2):
+    """Return what `block_softmax` does for half of the rows, and what is added to the sums.
+
+    A thread holds two columns of every eight: the greatest of each two first, since as one chain
+    every comparison would wait for the one before it.
+    """
+    parts: gl.constexpr = [x.shape[0], x.shape[1], x.shape[2] // 8, 4, 2]
+    b_top = _like(gl.max(gl.max(gl.max(x.reshape(parts), 4), 2), 2), b_m) * scale2
+    b_top = gl.where(b_top > b_m + _SLACK, b_top, b_m)
+    b_p = gl.exp2(x * scale2 - _beside(b_top, x))
+    # before the factor: the assembler keeps to this order, and windows take 0.7 % less time
+    b_l = gl.sum(gl.sum(b_p.reshape(parts), 4), 2)
+    return b_p, b_top, gl.exp2(b_m - b_top), b_l
+
+
+@gluon.jit
+def _like(x, other):
+    """Return ``x`` in the layout of ``other``, which moves nothing."""
+    layout: gl.constexpr = other.type.layout
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _beside(b_x, x):
+    """Return ``b_x``, a number a row, so that it can be combined with the columns of ``x``."""
+    layout: gl.constexpr = gl.SliceLayout(2, x.type.layout)
+    return gl.convert_layout(b_x, layout, assert_trivial=True)[:, :, None]
 
 
 @gluon.jit
@@ -63,10 +119,8 @@ def denominator(b_m, b_l, sinks, i_h, rows: gl.constexpr, HAS_SINKS: gl.constexp
     if HAS_SINKS:
         sink = gl.load(sinks + i_h) * _LOG2E
         b_top = gl.maximum(b_m, sink)
-        # without a key, and with a sink of -inf: -inf less -inf would be NaN
-        b_shift = gl.where(b_top == float("-inf"), 0.0, b_top)
-        b_fade = gl.exp2(b_m - b_shift)
-        b_l = b_l * b_fade + gl.exp2(sink - b_shift)
+        b_fade = gl.exp2(b_m - b_top)
+        b_l = b_l * b_fade + gl.exp2(sink - b_top)
         b_m = b_top
     return b_m, b_l, b_fade
 
@@ -126,13 +180,3 @@ def hide(b_s, bounds, AFTER: gl.constexpr):
     keep = o_k <= bounds if AFTER else o_k >= bounds
     b_x = gl.where(keep, b_x, float("-inf"))
     return gl.convert_layout(b_x.reshape([rows, columns]), b_s.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _sum_in_threads(b_p, layout: gl.constexpr):
-    """Return ``[rows, 4]``, what each of a row's four threads holds of its sum."""
-    rows: gl.constexpr = b_p.shape[0]
-    columns: gl.constexpr = b_p.shape[1]
-    # a thread holds two columns of every eight
-    b_p = b_p.reshape([rows, columns // 8, 4, 2])
-    return gl.convert_layout(gl.sum(gl.sum(b_p, 3), 1), layout, assert_trivial=True)

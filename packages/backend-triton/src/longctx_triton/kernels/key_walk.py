@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["extent", "list_of", "locate", "run_start", "runs_of"]
+__all__ = ["extent", "list_of", "locate", "positions_of", "run_start", "runs_of"]
 
 
 @gluon.jit
@@ -33,25 +33,28 @@ def locate(turn, place, HEADS: gl.constexpr):
 
 
 @gluon.jit
+def positions_of(i_t, ranges, ROWS: gl.constexpr):
+    """Return a tile's first position, and where its block of positions starts."""
+    _, origin, first_tile, block, tiles_a_block, _, _, _, _ = ranges
+    i_t = i_t + first_tile
+    low0 = origin + i_t // tiles_a_block * block
+    return low0 + i_t % tiles_a_block * ROWS, low0
+
+
+@gluon.jit
 def runs_of(
-    i_h, i_t, ranges,
+    i_h, p0, low0, ranges,
     ROWS: gl.constexpr, BLOCK_K: gl.constexpr, BY_BLOCK: gl.constexpr,
     HEAD_WINDOWS: gl.constexpr,
 ):  # fmt: skip
-    """Return a tile's first position, what bounds its rows' keys, and its two runs of blocks.
+    """Return what bounds the keys of a tile's rows, and its two runs of blocks.
 
     Position ``p`` sees key ``n`` when ``n <= p`` and (``n < anchor`` or ``n >= low(p)``), where
     ``low(p)`` is ``p - window`` or the start of the block of positions. The own run ends with the
     tile's last position and is counted downwards, so that the diagonal lies in the first steps and
     the window's lower edge in the last ones.
     """
-    (
-        k_len, origin, first_tile, block, tiles_a_block, anchor, window, last_queries,
-        head_windows,
-    ) = ranges  # fmt: skip
-    i_t = i_t + first_tile
-    low0 = origin + i_t // tiles_a_block * block
-    p0 = low0 + i_t % tiles_a_block * ROWS
+    k_len, _, _, block, _, anchor, window, last_queries, head_windows = ranges
     top = p0 + ROWS
     p_last = gl.minimum(gl.minimum(top, low0 + block), k_len) - 1
     p_all = k_len - last_queries  # rows from here on see everything
@@ -102,11 +105,14 @@ def list_of(i_b, i_h, i_t, lists):
 
 @gluon.jit
 def extent(
-    i_b, i_h, i_t, plan,
+    i_b, i_h, i_t, low0, plan,
     ROWS: gl.constexpr, BLOCK_K: gl.constexpr, LIST: gl.constexpr,
     BY_BLOCK: gl.constexpr, HEAD_WINDOWS: gl.constexpr,
 ):  # fmt: skip
-    """Return ``(masked steps, steps, first key)`` of a tile's walk."""
+    """Return ``(masked steps, steps, first key)`` of a tile's walk.
+
+    Of a walk along runs, ``i_t`` is the tile's first position and ``low0`` its block's.
+    """
     if LIST:
         starts, counts, _, _, _, capacity = plan
         number = list_of(i_b, i_h, i_t, plan)
@@ -114,7 +120,7 @@ def extent(
         steps = gl.load(counts + 2 * number + 1)
         first = gl.load(starts + number * capacity)
     else:
-        _, runs = runs_of(i_h, i_t, plan, ROWS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS)
+        _, runs = runs_of(i_h, i_t, low0, plan, ROWS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS)
         masked = runs[5]
         steps = runs[6]
         first = run_start(0, runs, BLOCK_K)

@@ -2,7 +2,9 @@
 
 The design and the inner step are those of `flash_hopper`: one warp copies, two warpgroups of 64
 query rows multiply. Which key blocks a tile of queries meets, and which of them need a mask, comes
-from `key_walk`.
+from `key_walk`. Tiles of a window are short, so what happens once a tile counts: the copying warp
+finds out where the next tile lies and tells the others, its queries are copied as soon as the last
+scores are through, and steps that are cut on one side are masked on that side only.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx_triton.compat import async_load, async_store
+from longctx_triton.compat import async_load, async_store, barrier
 from longctx_triton.kernels.flash_hopper import copy_block, multiplied, multiply, share
 from longctx_triton.kernels.flash_hopper_softmax import (
+    NOTHING_SEEN,
     ROW_THREADS,
     ROWS,
     block_softmax,
@@ -27,13 +30,41 @@ from longctx_triton.kernels.flash_hopper_softmax import (
     faded,
     hide,
 )
-from longctx_triton.kernels.key_walk import extent, list_of, locate, run_start, runs_of
+from longctx_triton.kernels.key_walk import (
+    extent,
+    list_of,
+    locate,
+    positions_of,
+    run_start,
+    runs_of,
+)
 
 __all__ = ["key_walk_hopper_kernel"]
 
 _ROWS = gl.constexpr(ROWS)
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
+_PLACES = gl.constexpr(32)
+_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def _tell(letter, i_b, i_h, i_t, low0):
+    """Tell the consumers where the tile lies whose queries come next.
+
+    Left to themselves they would divide three times before their first mask. Each thread writes a
+    place of its own, as in `mailbox`.
+    """
+    o = gl.arange(0, _PLACES, gl.BlockedLayout([1], [32], [1], [0]))
+    pair = gl.where(o == 0, i_b, i_h)
+    letter.store(gl.where(o < 2, pair, gl.where(o == 2, i_t, low0)))
+    barrier()
+
+
+@gluon.jit
+def _told(letter, place: gl.constexpr):
+    """Return a number that `_tell` wrote."""
+    return gl.max(letter.slice(place, 1).load(_ONE), 0)
 
 
 @gluon.jit
@@ -43,28 +74,33 @@ def _feed(
     LIST: gl.constexpr, BY_BLOCK: gl.constexpr, HEAD_WINDOWS: gl.constexpr,
 ):  # fmt: skip
     """Copy queries, then the keys and values of each step, tile after tile."""
-    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, letter = bars
     lag, group = sizes
     step = 0
     for turn in range(share(place[0] * place[1])):
         i_b, i_h, i_t = locate(turn, place, HEADS)
         i_g = i_h // group
-        _, steps, first = extent(
-            i_b, i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
-        )
         row = i_t * (2 * _ROWS // HEADS)
+        low0 = 0
+        if not LIST:
+            i_t, low0 = positions_of(i_t, plan, 2 * _ROWS // HEADS)
+            row = i_t - lag
+        _, steps, first = extent(
+            i_b, i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
+        )
         if LIST:
             starts = plan[0] + list_of(i_b, i_h, i_t, plan) * plan[5]
             coming = gl.load(starts + gl.minimum(1, steps - 1))
         else:
-            bounds, runs = runs_of(
-                i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
+            _, runs = runs_of(
+                i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
             )
-            row = bounds[0] - lag
         # the first keys need not wait until the last tile's queries are done with
         copy_block(p_k, i_b, first, i_g, k_s, k_full, k_empty, step, STAGES)
         for g in gl.static_range(2):
             mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
+            if g == 0:
+                _tell(letter.index(turn & 1), i_b, i_h, i_t, low0)
             mbarrier.expect(q_full.index(g), p_q.block_type.nbytes)
             if HEADS == 2:
                 async_load(p_q, [i_b, row, i_h + g, 0], q_full.index(g), q_s.index(g))
@@ -79,10 +115,10 @@ def _feed(
             else:
                 here = run_start(i, runs, BLOCK_K)
             copy_block(p_k, i_b, here, i_g, k_s, k_full, k_empty, step + i, STAGES)
-            copy_block(p_v, i_b, first, i_g, v_s, v_full, v_empty, step + i - 1, STAGES)
+            copy_block(p_v, i_b, first, i_g, v_s, v_full, v_empty, step + i - 1, STAGES + 1)
             first = here
         step += steps
-        copy_block(p_v, i_b, first, i_g, v_s, v_full, v_empty, step - 1, STAGES)
+        copy_block(p_v, i_b, first, i_g, v_s, v_full, v_empty, step - 1, STAGES + 1)
 
 
 @gluon.jit
@@ -96,19 +132,25 @@ def _hide(
         b_high = gl.minimum(o_q + highest, highest)
         if CAUSAL:
             b_high = bounds[0] + o_q
+        b_s = hide(b_s, b_high - first, True)
     else:
+        # most masked steps are cut on one side only: the other side's comparisons are skipped
         p0, low0, window, p_all, joined, anchor, a_end, own_masked = bounds
         o_p = p0 + o_q
-        if BY_BLOCK:
-            b_low = gl.minimum(o_p, low0)
-        else:
-            b_low = gl.where(o_p >= p_all, 0, gl.maximum(o_p - window, 0))
-        b_low = gl.where(joined, 0, gl.maximum(b_low, anchor))
         own = i < own_masked
-        b_low = gl.where(own, b_low, 0)
-        b_high = gl.minimum(o_p, gl.where(own, highest, a_end - 1))
-        b_s = hide(b_s, b_low - first, False)
-    return hide(b_s, b_high - first, True)
+        columns: gl.constexpr = b_s.shape[1]
+        lowest = low0 if BY_BLOCK else p0 + 2 * _ROWS - window
+        if own & (first < gl.maximum(lowest, anchor)):
+            if BY_BLOCK:
+                b_low = gl.minimum(o_p, low0)
+            else:
+                b_low = gl.where(o_p >= p_all, 0, gl.maximum(o_p - window, 0))
+            b_low = gl.where(joined, 0, gl.maximum(b_low, anchor))
+            b_s = hide(b_s, b_low - first, False)
+        last = gl.where(own, highest, a_end - 1)
+        if first + columns > gl.minimum(p0, last):
+            b_s = hide(b_s, gl.minimum(o_p, last) - first, True)
+    return b_s
 
 
 @gluon.jit
@@ -120,7 +162,7 @@ def _consume(
 ):  # fmt: skip
     """Attend for 64 rows of each of the program's tiles: its half, or its second head."""
     p_o, lse, sinks, o_s, scale, q_len, highest = ours
-    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, letter = bars
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
     )
@@ -130,6 +172,7 @@ def _consume(
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    V_STAGES: gl.constexpr = STAGES + 1
     scale2 = scale * _LOG2E
     # the tile's rows are 128 of one head or 64 of two; the second consumer takes the latter half
     half: gl.constexpr = 0 if HEADS == 2 else G * _ROWS
@@ -138,9 +181,23 @@ def _consume(
     o_stage = o_s.index(G)
     step = 0  # steps so far, over all tiles: it numbers the stages
     for turn in range(share(place[0] * place[1])):
-        i_b, i_h, i_t = locate(turn, place, HEADS)
+        mbarrier.wait(q_full.index(G), turn & 1)
+        b_m = gl.full([_ROWS], NOTHING_SEEN, gl.float32, rows)
+        b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
+        b_o = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
+        b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
+
+        slot = step % STAGES
+        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+        k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
+        b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        # where the tile lies, while its first scores are computed
+        i_b = _told(letter.index(turn & 1), 0)
+        i_h = _told(letter.index(turn & 1), 1)
+        i_t = _told(letter.index(turn & 1), 2)
+        low0 = _told(letter.index(turn & 1), 3)
         masked, steps, first = extent(
-            i_b, i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
+            i_b, i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
         )
         if LIST:
             row = i_t * (2 * _ROWS // HEADS)
@@ -148,40 +205,37 @@ def _consume(
             starts = plan[0] + list_of(i_b, i_h, i_t, plan) * plan[5]
         else:
             bounds, runs = runs_of(
-                i_h, i_t, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
+                i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
             )
-            row = bounds[0] - sizes[0]
-        b_m = gl.full([_ROWS], float("-inf"), gl.float32, rows)
-        b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
-        b_o = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
-        b_zero = gl.zeros([_ROWS, BLOCK_K], gl.float32, s_layout)
-
-        mbarrier.wait(q_full.index(G), turn & 1)
-        slot = step % STAGES
-        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
-        k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
-        b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+            row = i_t - sizes[0]
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
+        if steps == 1:
+            mbarrier.arrive(q_empty.index(G), count=1)
         b_s = _hide(b_s, bounds, 0, first, o_q, highest, LIST, BY_BLOCK, CAUSAL)
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, None, True)
-        mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, None)
+        mbarrier.wait(v_full.index(step % V_STAGES), (step // V_STAGES) & 1)
         for i in range(1, steps):
             s_token, o_token = multiply(
-                b_p, b_o, b_fade, q, k_s, v_s, k_full, None, None, step + i, 0,
-                G, BLOCK_K, HEAD_DIM, HEAD_DIM, STAGES, False, s_layout, o_layout,
+                b_p, b_o, b_fade, q, k_s, v_s, k_full, None, None,
+                (step + i) % STAGES, ((step + i) // STAGES) & 1, (step + i - 1) % V_STAGES, 0,
+                G, BLOCK_K, HEAD_DIM, HEAD_DIM, False, s_layout, o_layout,
             )  # fmt: skip
             b_s = warpgroup_mma_wait(1, deps=(s_token,))
             mbarrier.arrive(k_empty.index((step + i) % STAGES), count=1)
+            if i == steps - 1:  # the next queries come from far
+                mbarrier.arrive(q_empty.index(G), count=1)
             # a branch instead of a loop of its own: half the code of a step, which is faster
             if i < masked:
                 first = gl.load(starts + i) if LIST else run_start(i, runs, BLOCK_K)
                 b_s = _hide(b_s, bounds, i, first, o_q, highest, LIST, BY_BLOCK, CAUSAL)
-            b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, None, True)
-            b_o = multiplied(o_token, v_full, v_empty, step + i, STAGES)
-        mbarrier.arrive(q_empty.index(G), count=1)
+            b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, None)
+            b_o = multiplied(
+                o_token, v_full, v_empty,
+                (step + i) % V_STAGES, ((step + i) // V_STAGES) & 1, (step + i - 1) % V_STAGES,
+            )  # fmt: skip
         step += steps
-        slot_v = (step - 1) % STAGES
+        slot_v = (step - 1) % V_STAGES
         b_p = gl.convert_layout(b_p.to(v_s.dtype), p_layout, assert_trivial=True)
         b_o = faded(b_o, b_fade)
         v = v_s.index(slot_v).reshape([BLOCK_K, HEAD_DIM])
@@ -228,30 +282,34 @@ def key_walk_hopper_kernel(
     (keys, values). Grid: any number of programs up to ``tiles * units``; a tile is 128 rows of one
     head, or with HEADS 2 the same 64 rows of two. LIST takes the walk from ``starts`` int32
     ``[lists, capacity]`` and ``counts`` int32 ``[lists, 2]`` (masked steps, steps), else from the
-    scalars. Bars of a stage: full when its copy has landed, empty when both consumers have read
-    it.
+    scalars. Values have a stage more than keys: theirs are read half a step longer. Bars of a
+    stage: full when its copy has landed, empty when both consumers have read it.
     """
     dtype: gl.constexpr = p_q.dtype
     q_s = gl.allocate_shared_memory(dtype, [2, 1, _ROWS, 1, HEAD_DIM], p_q.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_K, 1, HEAD_DIM], p_k.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_K, 1, HEAD_DIM], p_v.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES + 1, 1, BLOCK_K, 1, HEAD_DIM], p_v.layout)
     o_s = gl.allocate_shared_memory(dtype, [2, 1, _ROWS, 1, HEAD_DIM], p_o.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
+    for i in gl.static_range(STAGES + 1):
+        mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
 
-    bars = (q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    letter = gl.allocate_shared_memory(
+        gl.int32, [2, _PLACES], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    bars = (q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, letter)
     sizes = (k_len - q_len, group)
     place = (tiles, units, section, heads // HEADS)
     lists = (starts, counts, heads_a_set, sets, tiles, capacity)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from longctx_triton.compat import async_load, async_store
 from longctx_triton.kernels.flash_hopper import advance, copy_block, share
 from longctx_triton.kernels.flash_hopper_softmax import (
+    NOTHING_SEEN,
     ROW_THREADS,
     ROWS,
     block_softmax,
@@ -148,7 +149,7 @@ def _consume(
         # two bitmaps of 4 (groups + 1) words
         p_table = tables + _set_of(i_b, i_h, plan) * 8 * (groups + 1)
         coming = _band(p_list, 1, part, whole, plan)
-        b_m = gl.full([_ROWS], float("-inf"), gl.float32, rows)
+        b_m = gl.full([_ROWS], NOTHING_SEEN, gl.float32, rows)
         b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
         b_o = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
         b_zero = gl.zeros([_ROWS, _BLOCK], gl.float32, s_layout)
@@ -163,7 +164,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(slot), count=1)
         b_s = keep(b_s, b_kept)
         # a later key has no distance, but may be a column
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, o_q, True)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale2, 0, o_q)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         bands = 1 + part + whole
         masked = 1 + part + cut
@@ -173,13 +174,13 @@ def _consume(
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, None, band, True, scale2,
-                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
+                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, s_layout, o_layout,
             )  # fmt: skip
         for i in range(masked, bands):
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, None, None, True, scale2,
-                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, False, s_layout, o_layout,
+                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, s_layout, o_layout,
             )  # fmt: skip
         step += bands
         p_listed = p_list + capacity + 5 * groups
@@ -189,7 +190,7 @@ def _consume(
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
                 None, None, step + i, 0, 0, None, block, False, scale2,
-                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, True, False, s_layout, o_layout,
+                G, _BLOCK, HEAD_DIM, HEAD_DIM, STAGES, False, s_layout, o_layout,
             )  # fmt: skip
         step += column_steps
         mbarrier.arrive(q_empty.index(G), count=1)

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from longctx_triton.compat import async_load_rows
 from longctx_triton.kernels.flash_hopper import advance
 from longctx_triton.kernels.flash_hopper_softmax import (
+    NOTHING_SEEN,
     ROW_THREADS,
     ROWS,
     block_softmax,
@@ -188,7 +189,7 @@ def _consume(
     while task >= 0:
         i_b, i_h, i_t = _place(task, place)
         p_set, count = _set_of(i_b, i_h, sets)
-        b_m = gl.full([_ROWS], float("-inf"), gl.float32, rows)
+        b_m = gl.full([_ROWS], NOTHING_SEEN, gl.float32, rows)
         b_l = gl.zeros([_ROWS, 4], gl.float32, ROW_THREADS)
         b_o = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
         b_zero = gl.zeros([_ROWS, _TILE], gl.float32, s_layout)
@@ -203,15 +204,15 @@ def _consume(
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         # the tile's own slots; those of all further steps come before them
-        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale_log2, 0, o_q, True)
+        b_p, b_m, b_l, b_fade = block_softmax(b_s, b_m, b_l, scale_log2, 0, o_q)
         mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
         for i in range(step + 1, step + 1 + i_t):
             mbarrier.wait(k_full.index(i % STAGES), (i // STAGES) & 1)
             fence_async_shared()
             b_p, b_o, b_m, b_l, b_fade = advance(
                 b_p, b_o, b_m, b_l, b_fade, q, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                None, None, i, 0, 0, o_q, None, True, scale_log2,
-                G, _TILE, HEAD_DIM, HEAD_DIM, STAGES, False, False,
+                None, None, i, 0, 0, None, None, True, scale_log2,
+                G, _TILE, HEAD_DIM, HEAD_DIM, STAGES, False,
                 s_layout, o_layout,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(G), count=1)

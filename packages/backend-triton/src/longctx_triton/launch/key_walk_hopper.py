@@ -34,7 +34,7 @@ class WalkTiles(NamedTuple):
     block_k : int
         Keys of one step, a power of two.
     stages : int
-        Steps of keys and of values in flight.
+        Steps of keys in flight; of values there is one more.
     registers : int
         Registers of a thread of the second consumer.
     """
