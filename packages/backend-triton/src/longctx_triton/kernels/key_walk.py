@@ -105,22 +105,23 @@ def list_of(i_b, i_h, i_t, lists):
 
 @gluon.jit
 def extent(
-    i_b, i_h, i_t, low0, plan,
+    i_b, i_h, at, low0, plan,
     ROWS: gl.constexpr, BLOCK_K: gl.constexpr, LIST: gl.constexpr,
     BY_BLOCK: gl.constexpr, HEAD_WINDOWS: gl.constexpr,
 ):  # fmt: skip
     """Return ``(masked steps, steps, first key)`` of a tile's walk.
 
-    Of a walk along runs, ``i_t`` is the tile's first position and ``low0`` its block's.
+    ``at`` is the tile's number where walks are lists, else its first position; ``low0`` is that of
+    its block.
     """
     if LIST:
         starts, counts, _, _, _, capacity = plan
-        number = list_of(i_b, i_h, i_t, plan)
+        number = list_of(i_b, i_h, at, plan)
         masked = gl.load(counts + 2 * number)
         steps = gl.load(counts + 2 * number + 1)
         first = gl.load(starts + number * capacity)
     else:
-        _, runs = runs_of(i_h, i_t, low0, plan, ROWS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS)
+        _, runs = runs_of(i_h, at, low0, plan, ROWS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS)
         masked = runs[5]
         steps = runs[6]
         first = run_start(0, runs, BLOCK_K)

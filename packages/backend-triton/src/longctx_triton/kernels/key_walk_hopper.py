@@ -49,7 +49,7 @@ _ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
-def _tell(letter, i_b, i_h, i_t, low0):
+def _tell(letter, i_b, i_h, at, low0):
     """Tell the consumers where the tile lies whose queries come next.
 
     Left to themselves they would divide three times before their first mask. Each thread writes a
@@ -57,7 +57,7 @@ def _tell(letter, i_b, i_h, i_t, low0):
     """
     o = gl.arange(0, _PLACES, gl.BlockedLayout([1], [32], [1], [0]))
     pair = gl.where(o == 0, i_b, i_h)
-    letter.store(gl.where(o < 2, pair, gl.where(o == 2, i_t, low0)))
+    letter.store(gl.where(o < 2, pair, gl.where(o == 2, at, low0)))
     barrier()
 
 
@@ -80,27 +80,28 @@ def _feed(
     for turn in range(share(place[0] * place[1])):
         i_b, i_h, i_t = locate(turn, place, HEADS)
         i_g = i_h // group
-        row = i_t * (2 * _ROWS // HEADS)
+        at = i_t
         low0 = 0
+        row = i_t * (2 * _ROWS // HEADS)
         if not LIST:
-            i_t, low0 = positions_of(i_t, plan, 2 * _ROWS // HEADS)
-            row = i_t - lag
+            at, low0 = positions_of(i_t, plan, 2 * _ROWS // HEADS)
+            row = at - lag
         _, steps, first = extent(
-            i_b, i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
+            i_b, i_h, at, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
         )
         if LIST:
             starts = plan[0] + list_of(i_b, i_h, i_t, plan) * plan[5]
             coming = gl.load(starts + gl.minimum(1, steps - 1))
         else:
             _, runs = runs_of(
-                i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
+                i_h, at, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
             )
         # the first keys need not wait until the last tile's queries are done with
         copy_block(p_k, i_b, first, i_g, k_s, k_full, k_empty, step, STAGES)
         for g in gl.static_range(2):
             mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
             if g == 0:
-                _tell(letter.index(turn & 1), i_b, i_h, i_t, low0)
+                _tell(letter.index(turn & 1), i_b, i_h, at, low0)
             mbarrier.expect(q_full.index(g), p_q.block_type.nbytes)
             if HEADS == 2:
                 async_load(p_q, [i_b, row, i_h + g, 0], q_full.index(g), q_s.index(g))
@@ -194,20 +195,20 @@ def _consume(
         # where the tile lies, while its first scores are computed
         i_b = _told(letter.index(turn & 1), 0)
         i_h = _told(letter.index(turn & 1), 1)
-        i_t = _told(letter.index(turn & 1), 2)
+        at = _told(letter.index(turn & 1), 2)
         low0 = _told(letter.index(turn & 1), 3)
         masked, steps, first = extent(
-            i_b, i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
+            i_b, i_h, at, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
         )
         if LIST:
-            row = i_t * (2 * _ROWS // HEADS)
+            row = at * (2 * _ROWS // HEADS)
             bounds = (row + sizes[0],)
-            starts = plan[0] + list_of(i_b, i_h, i_t, plan) * plan[5]
+            starts = plan[0] + list_of(i_b, i_h, at, plan) * plan[5]
         else:
             bounds, runs = runs_of(
-                i_h, i_t, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
+                i_h, at, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, BY_BLOCK, HEAD_WINDOWS
             )
-            row = i_t - sizes[0]
+            row = at - sizes[0]
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         if steps == 1:
