@@ -24,6 +24,7 @@ from longctx.testing.budget import assert_within_budget
 pytest.importorskip("triton")
 
 from longctx_triton import dsa
+from longctx_triton.kernels import mailbox
 from longctx_triton.kernels import mla_hopper as hopper_kernel
 from longctx_triton.launch import mla_hopper as hopper_launch
 from longctx_triton.launch.device import Device
@@ -233,7 +234,7 @@ class Simulated:
     """The kernel, called as Triton's is, program after program in this process."""
 
     def __init__(self):
-        module = vars(hopper_kernel)
+        module = {**vars(mailbox), **vars(hopper_kernel)}
         names = {
             name: types.FunctionType(item.fn.__code__, {})
             for name, item in module.items()

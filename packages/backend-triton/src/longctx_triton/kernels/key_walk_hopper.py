@@ -38,14 +38,14 @@ from longctx_triton.kernels.key_walk import (
     run_start,
     runs_of,
 )
+from longctx_triton.kernels.mailbox import read_place
 
 __all__ = ["key_walk_hopper_kernel"]
 
 _ROWS = gl.constexpr(ROWS)
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
-_PLACES = gl.constexpr(32)
-_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+_PLACES = gl.constexpr(32)  # threads of the copying warp
 
 
 @gluon.jit
@@ -53,18 +53,12 @@ def _tell(letter, i_b, i_h, at, low0):
     """Tell the consumers where the tile lies whose queries come next.
 
     Left to themselves they would divide three times before their first mask. Each thread writes a
-    place of its own, as in `mailbox`.
+    place of its own, as in `mailbox`; the bar of the queries says that it is written.
     """
     o = gl.arange(0, _PLACES, gl.BlockedLayout([1], [32], [1], [0]))
     pair = gl.where(o == 0, i_b, i_h)
     letter.store(gl.where(o < 2, pair, gl.where(o == 2, at, low0)))
     barrier()
-
-
-@gluon.jit
-def _told(letter, place: gl.constexpr):
-    """Return a number that `_tell` wrote."""
-    return gl.max(letter.slice(place, 1).load(_ONE), 0)
 
 
 @gluon.jit
@@ -193,10 +187,10 @@ def _consume(
         k = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM])
         b_s = warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         # where the tile lies, while its first scores are computed
-        i_b = _told(letter.index(turn & 1), 0)
-        i_h = _told(letter.index(turn & 1), 1)
-        at = _told(letter.index(turn & 1), 2)
-        low0 = _told(letter.index(turn & 1), 3)
+        i_b = read_place(letter.index(turn & 1), 0)
+        i_h = read_place(letter.index(turn & 1), 1)
+        at = read_place(letter.index(turn & 1), 2)
+        low0 = read_place(letter.index(turn & 1), 3)
         masked, steps, first = extent(
             i_b, i_h, at, low0, plan, 2 * _ROWS // HEADS, BLOCK_K, LIST, BY_BLOCK, HEAD_WINDOWS
         )

@@ -1,4 +1,4 @@
-"""A number that one warpgroup of a Hopper kernel tells others, turn after turn.
+"""Numbers that one warpgroup of a Hopper kernel tells others, turn after turn.
 
 A mail is ``(numbers, told, heard)``: int32 shared memory ``[2, 128]``, and two mbarriers each,
 which the teller arrives at and every hearer. The teller may be a turn ahead.
@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from longctx_triton.compat import barrier
 
-__all__ = ["PLACES", "hear", "tell"]
+__all__ = ["PLACES", "hear", "read_place", "tell"]
 
 PLACES = 128
 """Threads of a warpgroup.
@@ -22,6 +22,12 @@ but a checker of races knows one writer only.
 """
 _PLACES = gl.constexpr(PLACES)
 _ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def read_place(numbers, place: gl.constexpr):
+    """Return the number at ``place`` of shared memory, for every thread."""
+    return gl.max(numbers.slice(place, 1).load(_ONE), 0)
 
 
 @gluon.jit
@@ -39,7 +45,7 @@ def hear(turn, mail):
     """Return the number of turn ``turn``."""
     numbers, told, heard = mail
     mbarrier.wait(told.index(turn % 2), (turn // 2) & 1)
-    number = gl.max(numbers.index(turn % 2).slice(0, 1).load(_ONE), 0)
+    number = read_place(numbers.index(turn % 2), 0)
     barrier()
     mbarrier.arrive(heard.index(turn % 2), count=1)
     return number
